@@ -1,0 +1,60 @@
+# make demo | test | test-timm | check | data | benchmark     (VENV=/elsewhere places the environment)
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+PYTHON ?= python3
+VENV ?= .venv
+DATA ?= data
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+TIMM_TESTS := $(VENV)/timm-tests
+export PYTHONUNBUFFERED := 1
+
+.PHONY: install demo test test-timm check format data benchmark clean
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "hcvision needs Python 3.11 or newer")'
+	$(PYTHON) -m venv $(VENV) || { echo 'no venv module here: try "apt-get install python3-venv"'; exit 1; }
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	touch $@
+
+# The tests of the installed timm, out of its source distribution.
+$(TIMM_TESTS): $(STAMP)
+	rm -rf $@ $@.tmp && mkdir -p $@.tmp
+	version=$$($(BIN)/python -c 'import timm; print(timm.__version__)'); \
+	$(BIN)/python -m pip download --quiet --no-deps --no-binary :all: --dest $@.tmp "timm==$$version"
+	tar -xzf $@.tmp/timm-*.tar.gz -C $@.tmp --strip-components 1 --wildcards '*/tests/*'
+	mv $@.tmp/tests $@ && rm -rf $@.tmp
+
+data: $(STAMP)
+	$(BIN)/python -m hcvision.data $(DATA)
+
+demo: $(STAMP) data
+	$(BIN)/hcvision compare --config configs/studies/demo.yaml --data.root $(DATA)
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+NAMES := vit_tiny_patch16_224_shc4 vit_tiny_patch16_224_dhc2 vit_tiny_patch16_224_sfc2 vit_tiny_patch16_224_dfc4
+REDIRECTS := vit_tiny_patch16_224_dhc2 vit_tiny_patch16_224_dfc2
+TIMM_PYTEST := PYTHONPATH=tests $(BIN)/python -m pytest -q -p timm_suite -c /dev/null --rootdir $(TIMM_TESTS) -W ignore
+
+test-timm: $(TIMM_TESTS)
+	HCVISION_NAMES='$(NAMES)' $(TIMM_PYTEST) $(TIMM_TESTS)/test_models.py -k 'vit_tiny_patch16_224_'
+	for name in $(REDIRECTS); do \
+	  HCVISION_REDIRECT=$$name HCVISION_LEAST=23 $(TIMM_PYTEST) \
+	    $(TIMM_TESTS)/test_model_input.py $(TIMM_TESTS)/test_utils.py $(TIMM_TESTS)/test_checkpoint_loading.py; \
+	done
+
+check: $(STAMP)
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix . ; $(BIN)/ruff format .
+
+benchmark: $(STAMP)
+	$(BIN)/python benchmarks/connections.py
+
+clean:
+	rm -rf $(VENV) build *.egg-info

@@ -1,0 +1,27 @@
+"""Hyper-Connections and Frac-Connections for vision transformers. Importing it registers the models with timm."""
+
+from hcvision.connections import (
+    Connection,
+    FracConnection,
+    HyperConnection,
+    Residual,
+    build_connection,
+    expand_streams,
+    reduce_streams,
+)
+from hcvision.convert import convert, create_model
+from hcvision.vit import NAMES as vit_names
+
+__version__ = "0.1.0"
+__all__ = [
+    "Connection",
+    "FracConnection",
+    "HyperConnection",
+    "Residual",
+    "build_connection",
+    "convert",
+    "create_model",
+    "expand_streams",
+    "reduce_streams",
+    "vit_names",
+]

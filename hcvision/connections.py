@@ -1,0 +1,592 @@
+"""Connections: what stands where a transformer had the residual add ``x = x + branch(x)``.
+
+A connection carries S streams of width E side by side on the last axis of x, and gives the
+branch V mixtures of them, the views::
+
+    H = x.unflatten(-1, (S, E))
+    alpha, beta = connection.weights(x)                       # (..., S, V+S), (..., S)
+    views, carried = (alpha^T @ H).split((V, S), dim=-2)      # width-connection
+    x = beta * branch(views) + carried                        # depth-connection
+
+===================  =========  =======  =======  ======================================
+class                streams S  views V  width E  source
+===================  =========  =======  =======  ======================================
+``Residual``         1          1        dim      He et al. 2015, arXiv 1512.03385
+``HyperConnection``  n          1        dim      Hyper-Connections, arXiv 2409.19606
+``FracConnection``   m          m        dim / m  Frac-Connections, arXiv 2503.14125
+===================  =========  =======  =======  ======================================
+
+Letters in shapes: B batch, N tokens, S streams, V views, E stream width, K mixtures.
+"""
+
+import contextlib
+import re
+from collections.abc import Callable
+from typing import Optional, Tuple  # noqa: UP035 - TorchScript reads annotations in this form
+
+import torch
+from torch import Tensor, nn
+
+KINDS = ("shc", "dhc", "sfc", "dfc")
+ARRANGEMENTS = ("sequential", "parallel")
+
+
+def parse_connection(name: str) -> tuple[str, int]:
+    """Split a connection's name into kind and rate: ``"dhc4"`` gives ``("dhc", 4)``.
+
+    ``"residual"`` gives ``("residual", 1)``. Every other spelling raises ValueError.
+    """
+    if name == "residual":
+        return "residual", 1
+    match = re.fullmatch(rf"({'|'.join(KINDS)})([1-9]\d*)", name) if isinstance(name, str) else None
+    if match is None:
+        raise ValueError(
+            f"connection must be 'residual' or one of {', '.join(KINDS)} followed by a rate of at "
+            f"least 1, such as 'dhc2', got {name!r}"
+        )
+    return match[1], int(match[2])
+
+
+def build_connection(name: str, dim: int, layer_index: int = 0, **options) -> "Connection":
+    """Build a connection from its name.
+
+    Args:
+        name: ``residual``, or static/dynamic + hyper/frac + rate: ``shc2``, ``dhc4``, ``sfc2``, ``dfc4``.
+        dim: width of the model (timm's embed_dim).
+        layer_index: index of the sub-layer, counted from 0 over attention and MLP alike.
+        **options: keyword arguments of the class: ``tanh``, ``norm``, ``device``, ``dtype``, and for
+            hyper-connections ``arrangement``. ``residual`` has no parameter and ignores them.
+
+    Raises:
+        ValueError: an unknown name, a dim that the frac rate does not divide, an option out of range.
+        TypeError: an option that the connection does not have.
+    """
+    kind, rate = parse_connection(name)
+    if kind == "residual":
+        return Residual(dim)
+    cls = HyperConnection if kind.endswith("hc") else FracConnection
+    return cls(dim, rate, layer_index, dynamic=kind.startswith("d"), **options)
+
+
+def expand_streams(x: Tensor, rate: int) -> Tensor:
+    """Enter the streams: n copies of x side by side (HC alg. 2). (..., E) -> (..., n*E)."""
+    return torch.cat([x] * rate, dim=-1)
+
+
+def reduce_streams(x: Tensor, rate: int) -> Tensor:
+    """Leave the streams: their mean. (..., n*E) -> (..., E).
+
+    The paper takes the sum (HC alg. 2). The final norm that follows makes the two equal up to its
+    eps, and only the mean makes a converted pretrained model exactly itself.
+    """
+    return x.unflatten(-1, (rate, -1)).mean(-2)
+
+
+class Connection(nn.Module):
+    """What all connections have: ``dim``, ``streams`` S, ``views`` V, and ``width`` = S * dim / V.
+
+    ``width`` is the size of the last axis of x, the tensor between blocks.
+    """
+
+    def __init__(self, dim: int, streams: int, views: int):
+        super().__init__()
+        self.dim = dim
+        self.streams = streams
+        self.views = views
+        self.width = streams * (dim // views)
+
+    @torch.jit.ignore
+    def forward(self, x: Tensor, branch: Callable[[Tensor], Tensor]) -> Tensor:
+        """Do what ``x + branch(x)`` did.
+
+        Args:
+            x: the streams, (..., S*E).
+            branch: the sub-layer with its pre-norm, (..., V*E) -> (..., V*E).
+
+        Returns:
+            The next streams, (..., S*E), in the dtype of x.
+
+        Raises:
+            ValueError: x is not S*E wide, or the branch returned another shape than it was given.
+        """
+        branch_input, coefficients = self.width_connection(x)
+        return self.depth_connection(x, branch(branch_input), coefficients)
+
+
+class Residual(Connection):
+    """The residual add itself, ``x + branch(x)`` on (..., dim), without a parameter."""
+
+    def __init__(self, dim: int):
+        super().__init__(dim, streams=1, views=1)
+
+    def weights(self, x: Tensor) -> Tuple[Tensor, Tensor]:
+        """alpha = [[1, 1]] and beta = [1] for every token: (..., 1, 2) and (..., 1)."""
+        one = split_streams(x, 1, self.dim).new_ones(1)
+        return one.expand(x.shape[:-1] + (1, 2)), one.expand(x.shape[:-1] + (1,))
+
+    def width_connection(self, x: Tensor) -> Tuple[Tensor, None]:
+        """The branch input is x; the add needs no coefficients."""
+        return split_streams(x, 1, self.dim).squeeze(-2), None
+
+    def depth_connection(self, x: Tensor, branch_output: Tensor, coefficients: None = None) -> Tensor:
+        """x + branch_output, both (..., dim)."""
+        return x + split_output(branch_output, x, 1, self.dim).squeeze(-2)
+
+    def extra_repr(self) -> str:
+        return f"dim={self.dim}"
+
+
+class StreamConnection(Connection):
+    """The update rule of HC and FC, which differ in V, in the norm and in the initial values.
+
+    Static weights are parameters; dynamic ones add to them what each stream says of itself (HC eq.
+    10-14, FC eq. 8-12)::
+
+        alpha = static_alpha + dynamic_alpha_scale * tanh(norm(H) @ dynamic_alpha_fn)
+        beta  = static_beta  + dynamic_beta_scale  * tanh(norm(H) @ dynamic_beta_fn)
+
+    ``static_alpha`` (S, V+S) is the papers' [A_m | A_r], ``static_beta`` (S,) is B,
+    ``dynamic_alpha_fn`` (E, V+S) is [W_m | W_r], ``dynamic_beta_fn`` (E, 1) is W_beta, and the
+    scales (1,) are s_alpha and s_beta.
+
+    Mixing is elementwise and in float32 at least, whatever autocast says: the streams are the
+    model's memory, and a matmul in bfloat16 would round them in every sub-layer.
+    """
+
+    __constants__ = ["center_norm"]
+    center_norm = True  # the dynamic weights see LayerNorm (True) or RMSNorm (False) of a stream
+
+    def __init__(
+        self,
+        dim: int,
+        rate: int,
+        views: int,
+        layer_index: int,
+        dynamic: bool,
+        tanh: bool,
+        norm: bool,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ):
+        super().__init__(dim, rate, views)
+        self.rate, self.layer_index = rate, layer_index
+        self.dynamic, self.tanh, self.norm = dynamic, tanh, norm
+        self.stream_dim, mixtures = dim // views, views + rate
+
+        def parameter(wanted: bool, *shape: int) -> nn.Parameter | None:
+            return nn.Parameter(torch.empty(shape, device=device, dtype=dtype)) if wanted else None
+
+        self.static_alpha = parameter(True, rate, mixtures)
+        self.static_beta = parameter(True, rate)
+        self.dynamic_alpha_fn = parameter(dynamic, self.stream_dim, mixtures)
+        self.dynamic_beta_fn = parameter(dynamic, self.stream_dim, 1)
+        self.dynamic_alpha_scale = parameter(dynamic, 1)
+        self.dynamic_beta_scale = parameter(dynamic, 1)
+        self.norm_weight = parameter(dynamic and norm and not self.center_norm, self.stream_dim)
+
+    def initial_weights(self) -> tuple[Tensor, Tensor]:
+        """``static_alpha`` (S, V+S) and ``static_beta`` (S,) at init, float32, on the CPU."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Set every parameter to its initial value."""
+        alpha, beta = self.initial_weights()
+        self.static_alpha.copy_(alpha)
+        self.static_beta.copy_(beta)
+        if self.dynamic:
+            self.dynamic_alpha_fn.zero_()
+            self.dynamic_beta_fn.zero_()
+            self.dynamic_alpha_scale.fill_(0.01)
+            self.dynamic_beta_scale.fill_(0.01)
+        if self.norm_weight is not None:
+            self.norm_weight.fill_(1.0)
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """Names of the parameters that must not decay: it would erode A_r, which starts as I."""
+        names = ("static_alpha", "static_beta", "dynamic_alpha_scale", "dynamic_beta_scale", "norm_weight")
+        return {name for name in names if getattr(self, name) is not None}
+
+    def weights(self, x: Tensor) -> Tuple[Tensor, Tensor]:
+        """What the connection does with x, in float32 at least.
+
+        Args:
+            x: the streams, (..., S*E).
+
+        Returns:
+            alpha (..., S, V+S): row i says how much of stream i goes into each of the V views, then
+            into each of the S carried streams. beta (..., S): how much of the branch output each
+            stream takes.
+
+        Raises:
+            ValueError: x is not S*E wide.
+        """
+        coefficients = self.width_connection(x)[1]
+        return coefficients[..., :-1], coefficients[..., -1]
+
+    def width_connection(self, x: Tensor) -> Tuple[Tensor, Tensor]:
+        """First step: the branch input, and the coefficients for the second step.
+
+        Args:
+            x: the streams, (..., S*E).
+
+        Returns:
+            The branch input, (..., V*E), in the dtype of x, and the coefficients [alpha | beta],
+            (..., S, V+S+1), in float32 at least.
+
+        Raises:
+            ValueError: x is not S*E wide.
+        """
+        return width_connection(
+            split_streams(x, self.streams, self.stream_dim),
+            self.static_alpha,
+            self.static_beta,
+            self.dynamic_alpha_fn,
+            self.dynamic_beta_fn,
+            self.dynamic_alpha_scale,
+            self.dynamic_beta_scale,
+            self.norm_weight,
+            self.norm,
+            self.center_norm,
+            self.tanh,
+        )
+
+    def depth_connection(self, x: Tensor, branch_output: Tensor, coefficients: Tensor) -> Tensor:
+        """Second step: the next streams. The carried streams are formed here, and only here.
+
+        Args:
+            x: the streams that went into ``width_connection``, (..., S*E).
+            branch_output: (..., V*E).
+            coefficients: what ``width_connection`` returned beside the branch input.
+
+        Returns:
+            The next streams, (..., S*E), in the dtype of x.
+
+        Raises:
+            ValueError: branch_output is not shaped like the branch input.
+        """
+        streams = split_streams(x, self.streams, self.stream_dim)
+        output = split_output(branch_output, x, self.views, self.stream_dim)
+        return depth_connection(streams, output, coefficients)
+
+    def extra_repr(self) -> str:
+        options = "".join(f", {name}=False" for name in ("tanh", "norm") if not getattr(self, name))
+        return f"dim={self.dim}, rate={self.rate}, layer_index={self.layer_index}, dynamic={self.dynamic}{options}"
+
+
+class HyperConnection(StreamConnection):
+    """Hyper-Connection: n streams as wide as the model, one view (HC, arXiv 2409.19606).
+
+    Enter with ``expand_streams`` and leave with ``reduce_streams``. At init sub-layer k reads stream
+    k mod n and writes to all streams, so that each stream is the Pre-Norm residual stream exactly.
+    The norm before the dynamic projection is LayerNorm without parameters.
+
+    Args:
+        dim: width of the model, which is E.
+        rate: expansion rate n.
+        layer_index: k, counted from 0 over sub-layers: attention of block i is 2i, its MLP 2i + 1.
+        dynamic: weights depend on the input (DHC) or not (SHC).
+        tanh: squash the dynamic part.
+        norm: normalise the streams before the dynamic projection.
+        arrangement: ``sequential``, or ``parallel``: sub-layers start out in groups of n that read
+            the same input (HC fig. 4, eq. 53-55).
+
+    Raises:
+        ValueError: rate < 1, layer_index < 0, an unknown arrangement.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        rate: int,
+        layer_index: int = 0,
+        *,
+        dynamic: bool = True,
+        tanh: bool = True,
+        norm: bool = True,
+        arrangement: str = "sequential",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        check_count("rate", rate, 1)
+        check_count("layer_index", layer_index, 0)
+        if arrangement not in ARRANGEMENTS:
+            raise ValueError(f"arrangement must be one of {', '.join(ARRANGEMENTS)}, got {arrangement!r}")
+        super().__init__(dim, rate, 1, layer_index, dynamic, tanh, norm, device, dtype)
+        self.arrangement = arrangement
+        self.reset_parameters()
+
+    def initial_weights(self) -> tuple[Tensor, Tensor]:
+        """HC eq. 15, or eq. 53-55 for the parallel arrangement; see ``StreamConnection``."""
+        n, place = self.rate, self.layer_index % self.rate
+        one, eye = torch.eye(n)[place], torch.eye(n)
+        if self.arrangement == "sequential":
+            read, carry, write = one, eye, torch.ones(n)
+        elif place == 0:
+            read, carry, write = torch.ones(n), torch.ones(n, n), one
+        else:
+            read, carry, write = one, eye, one
+        return torch.cat([read[:, None], carry], dim=1), write
+
+
+class FracConnection(StreamConnection):
+    """Frac-Connection: the hidden state cut into m streams, m views (FC, arXiv 2503.14125).
+
+    It needs no entry and no exit, and is bit-identical to the residual add at init. The norm before
+    the dynamic projection is RMSNorm with a weight.
+
+    Args:
+        dim: width of the model; a stream has E = dim / m.
+        rate: frac rate m.
+        layer_index: index of the sub-layer; every frac-connection starts alike.
+        dynamic: weights depend on the input (DFC) or not (SFC).
+        tanh: squash the dynamic part.
+        norm: normalise the streams before the dynamic projection.
+
+    Raises:
+        ValueError: rate < 1, layer_index < 0, or a dim that the rate does not divide.
+    """
+
+    center_norm = False
+
+    def __init__(
+        self,
+        dim: int,
+        rate: int,
+        layer_index: int = 0,
+        *,
+        dynamic: bool = True,
+        tanh: bool = True,
+        norm: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        check_count("rate", rate, 1)
+        check_count("layer_index", layer_index, 0)
+        if dim % rate:
+            fitting = ", ".join(str(m) for m in range(1, min(dim, 16) + 1) if dim % m == 0)
+            raise ValueError(
+                f"dim must be divisible by the frac rate, got dim={dim} and rate={rate} (rates that fit: {fitting})"
+            )
+        super().__init__(dim, rate, rate, layer_index, dynamic, tanh, norm, device, dtype)
+        self.reset_parameters()
+
+    def initial_weights(self) -> tuple[Tensor, Tensor]:
+        """[I_m | I_m] and ones (FC eq. 13); see ``StreamConnection``."""
+        eye = torch.eye(self.rate)
+        return torch.cat([eye, eye], dim=1), torch.ones(self.rate)
+
+
+def check_count(name: str, value: int, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+
+
+# The rule as functions of tensors. Torch FX takes each as one node; TorchScript, torch.compile and
+# torch.export see the plain operations.
+
+
+@torch.fx.wrap
+def split_streams(x: Tensor, streams: int, stream_dim: int) -> Tensor:
+    """(..., S*E) -> (..., S, E). Raises ValueError when the last axis of x is not S*E wide."""
+    width = streams * stream_dim
+    if not torch.jit.is_tracing() and x.shape[-1] != width:
+        hint = f"; expand_streams(x, {streams}) enters the streams" if x.shape[-1] == stream_dim else ""
+        raise ValueError(
+            f"x must have {streams} streams of {stream_dim} on its last axis, {width} in all, "
+            f"got shape {list(x.shape)}{hint}"
+        )
+    return x.unflatten(-1, (streams, stream_dim))
+
+
+@torch.fx.wrap
+def split_output(branch_output: Tensor, x: Tensor, views: int, stream_dim: int) -> Tensor:
+    """(..., V*E) -> (..., V, E). Raises ValueError when it is not shaped as the branch input was."""
+    if not torch.jit.is_tracing():
+        expected = list(x.shape[:-1]) + [views * stream_dim]
+        if list(branch_output.shape) != expected:
+            raise ValueError(
+                f"the branch must return the shape it was given, {expected}, got {list(branch_output.shape)}"
+            )
+    return branch_output.unflatten(-1, (views, stream_dim))
+
+
+@torch.fx.wrap
+def width_connection(
+    streams: Tensor,
+    static_alpha: Tensor,
+    static_beta: Tensor,
+    dynamic_alpha_fn: Optional[Tensor],
+    dynamic_beta_fn: Optional[Tensor],
+    dynamic_alpha_scale: Optional[Tensor],
+    dynamic_beta_scale: Optional[Tensor],
+    norm_weight: Optional[Tensor],
+    norm: bool,
+    center: bool,
+    tanh: bool,
+) -> Tuple[Tensor, Tensor]:
+    """The branch input (..., V*E) and the coefficients [alpha | beta] (..., S, V+S+1) for streams (..., S, E).
+
+    The parameters are those of ``StreamConnection``.
+    """
+    dtype = torch.promote_types(streams.dtype, torch.float32)
+    static = torch.cat([static_alpha, static_beta[:, None]], dim=1).to(dtype)
+    views = static_alpha.shape[1] - static_alpha.shape[0]
+    if dynamic_alpha_fn is None or dynamic_beta_fn is None or dynamic_alpha_scale is None or dynamic_beta_scale is None:
+        coefficients = static.expand(streams.shape[:-2] + static.shape)
+        read = coefficients[..., :views]
+        mixed = mix_streams(streams, read, None, None)
+    else:
+        fn = torch.cat([dynamic_alpha_fn, dynamic_beta_fn], dim=1).to(dtype)
+        scale = torch.cat([dynamic_alpha_scale.expand(fn.shape[1] - 1), dynamic_beta_scale]).to(dtype)
+        if norm_weight is not None:
+            fn = norm_weight.to(dtype)[:, None] * fn
+        center = center and norm
+        if center:
+            fn = fn - fn.mean(0)  # (H - mean(H)) @ fn = H @ (fn - mean(fn))
+        if torch.jit.is_scripting():
+            mixed, coefficients, _ = _read(streams, fn, static, scale, norm, center, tanh)
+        else:
+            with _no_autocast(streams.device.type):
+                read = _read if _plain() else _Read.apply
+                mixed, coefficients, _ = read(streams, fn, static, scale, norm, center, tanh)
+    return mixed.flatten(-2).to(streams.dtype), coefficients
+
+
+@torch.fx.wrap
+def depth_connection(streams: Tensor, output: Tensor, coefficients: Tensor) -> Tensor:
+    """The next streams (..., S*E) from streams (..., S, E), branch output (..., V, E) and coefficients."""
+    views = coefficients.shape[-1] - coefficients.shape[-2] - 1
+    mixed = mix_streams(streams, coefficients[..., views:-1], output, coefficients[..., -1])
+    return mixed.flatten(-2).to(streams.dtype)
+
+
+def mix_streams(streams: Tensor, alpha: Tensor, output: Optional[Tensor], beta: Optional[Tensor]) -> Tensor:
+    """alpha^T @ streams (+ beta * output): (..., S, E), (..., S, K), (..., V, E), (..., S) -> (..., K, E)."""
+    if torch.jit.is_scripting():
+        return _mix(streams, alpha, output, beta)
+    else:
+        return _mix(streams, alpha, output, beta) if _plain() else _Mix.apply(streams, alpha, output, beta)
+
+
+def _plain() -> bool:
+    return torch.jit.is_tracing() or torch.compiler.is_compiling()
+
+
+def _no_autocast(device_type: str) -> contextlib.AbstractContextManager:
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return contextlib.nullcontext()
+
+
+def _mix(streams: Tensor, alpha: Tensor, output: Optional[Tensor], beta: Optional[Tensor]) -> Tensor:
+    first = 0
+    if output is not None and beta is not None:
+        mixed = beta[..., None] * output
+    else:
+        mixed = alpha[..., 0, :, None] * streams[..., 0, None, :]
+        first = 1
+    for i in range(first, streams.shape[-2]):
+        mixed.addcmul_(alpha[..., i, :, None], streams[..., i, None, :])
+    return mixed
+
+
+def _inverse_deviation(streams: Tensor, center: bool) -> Tuple[Tensor, Tensor]:
+    """What LayerNorm (center) or RMSNorm multiplies a stream by, and its mean, both (..., S, 1)."""
+    mean = streams.mean(-1, keepdim=True)
+    variance = torch.linalg.vector_norm(streams, dim=-1, keepdim=True).square() / streams.shape[-1]
+    if center:
+        variance = (variance - mean.square()).clamp(min=0.0)
+    return (variance + 1e-6).rsqrt(), mean
+
+
+def _read(
+    streams: Tensor, fn: Tensor, static: Tensor, scale: Tensor, norm: bool, center: bool, tanh: bool
+) -> Tuple[Tensor, Tensor, Tensor]:
+    """Views (..., V, E), coefficients and norm(H) @ fn, both (..., S, V+S+1)."""
+    streams = streams.to(fn.dtype)
+    # As K rows of tokens, not tokens rows of K: the same numbers, several times as fast on a CPU.
+    projected = (fn.mT @ streams.flatten(0, -2).mT).mT.unflatten(0, streams.shape[:-1])
+    if norm:
+        projected = projected * _inverse_deviation(streams, center)[0]
+    coefficients = static + scale * (projected.tanh() if tanh else projected)
+    views = static.shape[1] - static.shape[0] - 1
+    return _mix(streams, coefficients[..., :views], None, None), coefficients, projected
+
+
+# Eager mode takes the same two operations with a backward of our own: autograd's would keep each
+# intermediate it needs, these keep their inputs and the coefficients.
+
+
+class _Mix(torch.autograd.Function):
+    """``_mix``, saving its inputs."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(streams, alpha, output, beta):
+        return _mix(streams, alpha, output, beta)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, grad):
+        streams, alpha, output, beta = ctx.saved_tensors
+        grad_streams = grad_output = grad_beta = None
+        with _no_autocast(grad.device.type):
+            if ctx.needs_input_grad[0]:
+                grad_streams = _mix(grad, alpha.mT, None, None)
+            grad_alpha = streams.to(grad.dtype) @ grad.mT
+            if output is not None:
+                # one output went to every stream (HC), or each its own (FC)
+                to_output = beta[..., None] if output.shape[-2] == 1 else None
+                grad_output = beta[..., None] * grad if to_output is None else _mix(grad, to_output, None, None)
+                grad_beta = torch.linalg.vecdot(output.to(grad.dtype), grad)
+        return grad_streams, grad_alpha, grad_output, grad_beta
+
+
+class _Read(torch.autograd.Function):
+    """``_read``, saving its inputs and norm(H) @ fn."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(streams, fn, static, scale, norm, center, tanh):
+        return _read(streams, fn, static, scale, norm, center, tanh)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        streams, fn, static, scale, ctx.norm, ctx.center, ctx.tanh = inputs
+        ctx.save_for_backward(streams, fn, scale, *output[1:])
+
+    @staticmethod
+    def backward(ctx, grad_views, grad_coefficients, grad_projected):
+        streams, fn, scale, coefficients, projected = ctx.saved_tensors
+        streams = streams.to(fn.dtype)
+        views, tokens = grad_views.shape[-2], tuple(range(streams.dim() - 2))
+        with _no_autocast(grad_views.device.type):
+            grad_read = streams @ grad_views.mT
+            grad = torch.cat([grad_coefficients[..., :views] + grad_read, grad_coefficients[..., views:]], dim=-1)
+            dynamic = projected.tanh() if ctx.tanh else projected
+            grad_static = grad.sum(tokens)
+            grad_scale = (grad * dynamic).sum((*tokens, -2))
+            grad = grad * scale
+            if ctx.tanh:
+                grad = grad * (1 - dynamic.square())
+            grad = grad + grad_projected
+            grad_streams = _mix(grad_views, coefficients[..., :views].mT, None, None)
+            back = fn.mT
+            if ctx.norm:
+                rstd, mean = _inverse_deviation(streams, ctx.center)
+                along = -rstd.square() * (grad * projected).sum(-1, keepdim=True) / fn.shape[0]
+                grad = grad * rstd
+                grad_streams.addcmul_(streams, along)
+            grad_fn = streams.flatten(0, -2).mT @ grad.flatten(0, -2)
+            if ctx.center:  # one more column takes along * (H - mean) instead of along * H
+                grad = torch.cat([grad, -along * mean], dim=-1)
+                back = torch.cat([back, back.new_ones(1, back.shape[1])])
+            grad_streams.view(-1, back.shape[1]).addmm_(grad.flatten(0, -2), back)
+        return grad_streams, grad_fn, grad_static, grad_scale, None, None, None
