@@ -1,0 +1,236 @@
+"""The command line: ``hcvision fit | validate | test | predict | compare``, each with ``--help``."""
+
+import argparse
+import csv
+import difflib
+import logging
+import os
+import re
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pytorch_lightning as pl
+from jsonargparse import ActionConfigFile, ArgumentParser
+from pytorch_lightning.callbacks import BasePredictionWriter
+from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
+
+from hcvision.data import ImageData
+from hcvision.study import Study
+from hcvision.training import ImageClassifier, last_checkpoint, run_equipment
+
+USAGE = """\
+usage: hcvision COMMAND [--config FILE] [options]
+
+  fit        train a model
+  validate   score a checkpoint on the validation images
+  test       score a checkpoint on the test images
+  predict    write the classes of the test images to predictions.csv
+  compare    train variants beside their residual twin and report
+
+`hcvision COMMAND --help` lists the options; configs/ holds complete configurations."""
+
+
+COMMANDS = ("fit", "validate", "test", "predict", "compare")
+
+
+class OneLineErrors:
+    """In front of a parser class: a wrong option ends in one line, with the nearest option, and exit code 2."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        lines = [line for line in str(message).splitlines() if line.strip()]
+        unknown = re.search(r"unrecognized arguments: (--[\w.]+)", message)
+        if unknown:
+            known = {option for action in walk_actions(self) for option in action.option_strings}
+            near = difflib.get_close_matches(unknown[1], known, n=2)
+            lines += [f"did you mean {' or '.join(near)}?"] if near else []
+        fail("; ".join(line.strip() for line in lines))
+
+
+def walk_actions(parser: Any) -> Iterator[argparse.Action]:
+    """Every option of a parser and of its subcommands."""
+    for action in parser._actions:
+        yield action
+        if isinstance(action, argparse._SubParsersAction):
+            for subparser in action.choices.values():
+                yield from walk_actions(subparser)
+
+
+class StudyParser(OneLineErrors, ArgumentParser):
+    pass
+
+
+class RunParser(OneLineErrors, LightningArgumentParser):
+    pass
+
+
+def fail(message: str) -> NoReturn:
+    print(f"hcvision: error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+class CommandLine(LightningCLI):
+    """LightningCLI with one folder per run, which nothing overwrites, and resume that resumes."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument("--run", type=str | None, default=None, help="folder of the run (default: runs/NAME)")
+        parser.add_argument("--resume", type=bool, default=False, help="go on with the run in that folder (fit only)")
+        parser.link_arguments("data.num_classes", "model.num_classes", apply_on="instantiate")
+
+    def _parse_ckpt_path(self) -> None:
+        """Leave the command line alone: a checkpoint's hyper-parameters are compared with it, not put over it."""
+
+    def before_instantiate_classes(self) -> None:
+        config = self.config[self.subcommand]
+        model, data = config["model"], config["data"]
+        name = "_".join(filter(None, [str(model["model"]).replace(":", "_").replace("/", "_"), model["connection"]]))
+        self.run_folder = Path(config["run"] or f"runs/{name}-{str(data['dataset']).replace('/', '_')}")
+        config["weights_only"] = True
+        checkpoint = config.get("ckpt_path")
+        if self.subcommand != "fit":
+            if config["resume"]:
+                raise ValueError(f"--resume belongs to fit; {self.subcommand} takes --ckpt_path")
+            if checkpoint is None:
+                config["ckpt_path"] = checkpoint = str(self.find_checkpoint())
+        elif config["resume"]:
+            if checkpoint is not None:
+                raise ValueError("give --resume or --ckpt_path, got both")
+            config["ckpt_path"] = checkpoint = str(self.find_checkpoint())
+            print(f"resuming {self.run_folder} from {checkpoint}")
+        elif is_first_process():
+            make_room(self.run_folder)
+        if checkpoint is not None and not Path(checkpoint).is_file():
+            raise FileNotFoundError(f"there is no checkpoint {checkpoint}")
+
+    def find_checkpoint(self) -> Path:
+        checkpoint = last_checkpoint(self.run_folder)
+        if checkpoint is None:
+            raise FileNotFoundError(f"there is nothing to resume or score: no checkpoint in {self.run_folder}")
+        return checkpoint
+
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
+        config = self.config_init[self.subcommand]["trainer"]
+        equipment = run_equipment(self.run_folder)
+        callbacks = equipment.pop("callbacks")
+        if self.subcommand == "predict":
+            callbacks.append(WritePredictions(self.run_folder / "predictions.csv"))
+        if config["logger"] not in (None, True):
+            equipment.pop("logger")
+        if self.subcommand != "fit":
+            equipment["logger"] = False
+            self.save_config_callback = None
+        config["callbacks"] = [*(config["callbacks"] or []), *callbacks]
+        return super().instantiate_trainer(**equipment, **kwargs)
+
+    def after_fit(self) -> None:
+        metrics = self.trainer.callback_metrics
+        if is_first_process() and "val_top1" in metrics:
+            print(f"val top-1 {100 * metrics['val_top1'].item():.2f} %; the run is in {self.run_folder}")
+
+
+class WritePredictions(BasePredictionWriter):
+    """Classes and their probabilities, one row per image in the order of the loader, as CSV (one per process)."""
+
+    def __init__(self, path: Path):
+        super().__init__(write_interval="epoch")
+        self.path = path
+
+    def write_on_epoch_end(self, trainer: pl.Trainer, pl_module, predictions: Sequence[Any], batch_indices) -> None:
+        rank, data = trainer.global_rank, trainer.datamodule
+        path = self.path if trainer.world_size == 1 else self.path.with_name(f"predictions-{rank}.csv")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        number = 0
+        with path.open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["image", "class", "probability"])
+            for batch in predictions:
+                for probability, label in zip(*batch.max(-1), strict=True):
+                    name = data.class_names[int(label)] if data.class_names else int(label)
+                    writer.writerow([number * trainer.world_size + rank, name, f"{probability.item():.4f}"])
+                    number += 1
+        print(f"wrote {number} predictions to {path}")
+
+
+def make_room(run: Path) -> None:
+    """See to it that a new run finds its folder empty, and loses nobody's work.
+
+    A run that was never able to write a checkpoint is moved aside.
+
+    Raises:
+        ValueError: the folder holds a run, or something that is none.
+    """
+    if not run.exists() or (run.is_dir() and not any(run.iterdir())):
+        return
+    if last_checkpoint(run) is not None:
+        raise ValueError(f"{run} holds a run; --resume true goes on with it, --run names another folder for a new one")
+    if not (run / "config.yaml").is_file():
+        raise ValueError(f"{run} exists and is not a run of ours; --run names another folder")
+    number = 1
+    while (aside := run.with_name(f"{run.name}.unfinished{number}")).exists():
+        number += 1
+    run.rename(aside)
+    print(f"{run} had no checkpoint yet; it was moved to {aside}")
+
+
+def is_first_process() -> bool:
+    return all(os.environ.get(name, "0") == "0" for name in ("LOCAL_RANK", "RANK", "SLURM_PROCID"))
+
+
+def compare(arguments: list[str]) -> None:
+    parser = StudyParser(prog="hcvision compare", description="Train variants side by side and report.")
+    parser.add_argument("--config", action=ActionConfigFile, help="YAML file with these options")
+    parser.add_class_arguments(Study, skip={"model", "data", "trainer"})
+    parser.add_class_arguments(ImageClassifier, "model", skip={"connection", "num_classes"}, instantiate=False)
+    parser.add_class_arguments(ImageData, "data", skip={"seed"}, instantiate=False)
+    parser.add_class_arguments(pl.Trainer, "trainer", instantiate=False)
+    config = parser.parse_args(arguments).as_dict()
+    config.pop("config")
+    defaults = parser.get_defaults().as_dict()["trainer"]
+    config["trainer"] = {name: value for name, value in config["trainer"].items() if value != defaults[name]}
+    report = Study(**config).run()
+    print(f"\n{report.read_text()}\nreport: {report}")
+
+
+def quieten() -> None:
+    """Hush what says nothing to somebody who trains."""
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*smaller than the logging interval.*")
+    warnings.filterwarnings("ignore", message=".*exists and is not empty.*")
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+    warnings.filterwarnings("ignore", message=".*args parameter is intended to run from within Python.*")
+    for name in ("pytorch_lightning.utilities.rank_zero", "lightning_fabric.utilities.seed"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(USAGE)
+        return
+    if arguments[0] not in COMMANDS:
+        fail(f"unknown command {arguments[0]!r}; the commands: {', '.join(COMMANDS)}")
+    quieten()
+    try:
+        if arguments[0] == "compare":
+            compare(arguments[1:])
+        else:
+            CommandLine(
+                ImageClassifier,
+                ImageData,
+                args=arguments,
+                parser_class=RunParser,
+                seed_everything_default=0,
+                save_config_kwargs={"overwrite": True},
+                auto_configure_optimizers=False,
+                load_from_checkpoint_support=False,
+            )
+    except (ValueError, OSError) as error:
+        if os.environ.get("HCVISION_DEBUG"):
+            raise
+        fail(f"{error} (HCVISION_DEBUG=1 shows where)")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,448 @@
+"""Image classification data for Lightning: folders, torchvision's small sets, and timm's dataset strings.
+
+``python -m hcvision.data ROOT`` puts Fashion-MNIST into ROOT.
+"""
+
+import gzip
+import os
+import shutil
+import struct
+import subprocess
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from PIL import Image
+from pytorch_lightning.overrides.distributed import UnrepeatedDistributedSampler
+from timm.data import create_dataset, create_transform
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset
+from torchvision import datasets as tv_datasets
+
+FASHION_FILES = (
+    "train-images-idx3-ubyte",
+    "train-labels-idx1-ubyte",
+    "t10k-images-idx3-ubyte",
+    "t10k-labels-idx1-ubyte",
+)
+DEBIAN_PACKAGE = "dataset-fashion-mnist"
+DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
+BUILT_IN = {"fashion_mnist": 10, "cifar10": 10, "cifar100": 100}
+TIMM_PREFIXES = ("hfds/", "hfids/", "wds/", "tfds/", "torch/")
+
+
+@dataclass
+class BadImage:
+    """An image that could not be read, where, and why."""
+
+    path: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"cannot read image {self.path}: {self.reason}"
+
+
+class Images(Dataset):
+    """Chosen samples of a map-style dataset of PIL images, transformed; bad ones become ``BadImage``."""
+
+    def __init__(self, base: Any, indices: Sequence[int], transform: Callable, mode: str):
+        self.base, self.indices, self.transform, self.mode = base, indices, transform, mode
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int] | BadImage:
+        position = self.indices[index]
+        try:
+            image, target = self.base[position]
+            return self.transform(image.convert(self.mode)), target
+        except (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError) as error:
+            samples = getattr(self.base, "samples", None)
+            path = samples[position][0] if samples else f"number {position}"
+            return BadImage(str(path), str(error).replace(str(path), "it"))
+
+
+@dataclass
+class Batch:
+    """What the workers hand over: a batch of images (B, C, H, W) and targets (B,), and what was bad in it."""
+
+    images: Tensor
+    targets: Tensor
+    bad: list[BadImage]
+
+
+def collate(samples: list[tuple[Tensor, int] | BadImage]) -> Batch:
+    good = [sample for sample in samples if not isinstance(sample, BadImage)]
+    images = torch.stack([image for image, _ in good]) if good else torch.empty(0)
+    targets = torch.tensor([target for _, target in good], dtype=torch.long)
+    return Batch(images, targets, [sample for sample in samples if isinstance(sample, BadImage)])
+
+
+class ImageData(pl.LightningDataModule):
+    """Training and validation images. Size and statistics come from the model unless they are given.
+
+    Every process sees its own share of the training images, and evaluation counts each image once
+    whatever the number of processes.
+
+    Args:
+        dataset: ``folder`` (ROOT/train/CLASS/IMAGE and ROOT/val/CLASS/IMAGE, optionally ROOT/test; or
+            ROOT/CLASS/IMAGE together with val_fraction), ``fashion_mnist``, ``cifar10``,
+            ``cifar100``, or a dataset string of timm (``hfds/...``, ``wds/...``, ``tfds/...``,
+            ``torch/...``).
+        root: where the images are, or where torchvision downloads them to.
+        val_fraction: take this part of the training images for validation, per class.
+        split_seed: seed of that choice, and of train_samples.
+        train_split: name of the training split (a subfolder, for ``folder``).
+        val_split: name of the validation split.
+        test_split: name of the test split; where it is missing, the validation images serve.
+        train_samples: train on this many images, chosen once by split_seed; None takes all.
+        num_classes: number of classes; only timm's dataset strings need it.
+        batch_size: images per process and step.
+        eval_batch_size: the same for evaluation; batch_size if None.
+        num_workers: loading processes; None takes the CPU cores available, at most 8.
+        img_size: pixels (square); the model's if None.
+        mean: per channel; the model's if None.
+        std: per channel; the model's if None.
+        interpolation: the model's if None.
+        crop_pct: centre crop of evaluation; the model's if None.
+        scale: area range of the random resized crop.
+        ratio: aspect range of the random resized crop.
+        hflip: probability of a horizontal flip.
+        color_jitter: strength.
+        auto_augment: timm's policy string, for example ``rand-m9-mstd0.5-inc1``.
+        re_prob: probability of random erasing.
+        no_aug: resize and centre crop only.
+        skip_bad_images: leave unreadable images out, with a warning, instead of stopping.
+        seed: of the order of the training images.
+
+    Raises:
+        ValueError: an argument out of range, an unknown dataset, an empty class folder.
+        FileNotFoundError: there is no such folder.
+    """
+
+    def __init__(
+        self,
+        dataset: str = "folder",
+        root: str = "data",
+        val_fraction: float | None = None,
+        split_seed: int = 0,
+        train_split: str = "train",
+        val_split: str = "val",
+        test_split: str = "test",
+        train_samples: int | None = None,
+        num_classes: int | None = None,
+        batch_size: int = 128,
+        eval_batch_size: int | None = None,
+        num_workers: int | None = None,
+        img_size: int | None = None,
+        mean: list[float] | None = None,
+        std: list[float] | None = None,
+        interpolation: str | None = None,
+        crop_pct: float | None = None,
+        scale: tuple[float, float] = (0.08, 1.0),
+        ratio: tuple[float, float] = (3 / 4, 4 / 3),
+        hflip: float = 0.5,
+        color_jitter: float | None = None,
+        auto_augment: str | None = None,
+        re_prob: float = 0.0,
+        no_aug: bool = False,
+        skip_bad_images: bool = False,
+        seed: int = 0,
+    ):
+        super().__init__()
+        for name, value in {"batch_size": batch_size, "eval_batch_size": eval_batch_size}.items():
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if num_workers is not None and num_workers < 0:
+            raise ValueError(f"num_workers must be at least 0, got {num_workers}")
+        if val_fraction is not None and not 0 < val_fraction < 1:
+            raise ValueError(f"val_fraction must be between 0 and 1, got {val_fraction}")
+        if train_samples is not None and train_samples < 1:
+            raise ValueError(f"train_samples must be at least 1, got {train_samples}")
+        self.dataset, self.root = dataset, Path(root)
+        self.val_fraction, self.split_seed, self.train_samples = val_fraction, split_seed, train_samples
+        self.splits = {"train": train_split, "val": val_split, "test": test_split}
+        self.batch_size, self.eval_batch_size = batch_size, eval_batch_size or batch_size
+        self.num_workers = min(8, len(os.sched_getaffinity(0))) if num_workers is None else num_workers
+        self.view = {
+            "img_size": img_size, "mean": mean, "std": std, "interpolation": interpolation, "crop_pct": crop_pct
+        }  # fmt: skip
+        self.augmentation = {
+            "scale": tuple(scale), "ratio": tuple(ratio), "hflip": hflip, "color_jitter": color_jitter,
+            "auto_augment": auto_augment, "re_prob": re_prob, "re_mode": "pixel", "no_aug": no_aug,
+        }  # fmt: skip
+        self.skip_bad_images, self.seed = skip_bad_images, seed
+        self.class_names: list[str] | None = None
+        self.stages: dict[str, tuple[Any, Sequence[int]]] = {}
+        self.warned: set[str] = set()
+
+        self.is_timm = dataset.startswith(TIMM_PREFIXES)
+        if dataset == "folder":
+            self._scan_folders()
+            assert self.class_names is not None
+            self.num_classes = len(self.class_names)
+        elif dataset in BUILT_IN:
+            self.num_classes = BUILT_IN[dataset]
+        elif self.is_timm:
+            if num_classes is None:
+                raise ValueError(f"num_classes must be given for the dataset {dataset!r}")
+            if val_fraction is not None or train_samples is not None:
+                raise ValueError(f"val_fraction and train_samples do not work with the dataset {dataset!r}")
+            self.num_classes = num_classes
+        else:
+            known = ", ".join(("folder", *BUILT_IN, *(f"{prefix}..." for prefix in TIMM_PREFIXES)))
+            raise ValueError(f"dataset must be one of {known}, got {dataset!r}")
+        if num_classes is not None and num_classes != self.num_classes:
+            raise ValueError(f"num_classes must be {self.num_classes} for {dataset} in {root}, got {num_classes}")
+
+    def _scan_folders(self) -> None:
+        if not self.root.is_dir():
+            raise FileNotFoundError(f"there is no folder {self.root}; data.root must hold the images")
+        if self.val_fraction is not None:
+            folder = self.root / self.splits["train"]
+            base = open_folder(folder if folder.is_dir() else self.root)
+            train, val = split_by_class(base.targets, self.val_fraction, self.split_seed)
+            self.stages = {"train": (base, train), "val": (base, val)}
+        else:
+            for stage in ("train", "val"):
+                folder = self.root / self.splits[stage]
+                if not folder.is_dir():
+                    raise FileNotFoundError(
+                        f"there is no folder {folder}; {self.root} must hold {self.splits['train']}/ and "
+                        f"{self.splits['val']}/, or val_fraction must say how much of it is for validation"
+                    )
+                base = open_folder(folder)
+                self.stages[stage] = (base, range(len(base)))
+        classes = self.stages["train"][0].classes
+        test = self.root / self.splits["test"]
+        if test.is_dir():
+            base = open_folder(test)
+            self.stages["test"] = (base, range(len(base)))
+        for stage, (base, _) in self.stages.items():
+            if base.classes != classes:
+                differing = sorted(set(base.classes) ^ set(classes))
+                raise ValueError(
+                    f"the class folders of {self.splits['train']} and {self.splits[stage]} differ: {', '.join(differing)}"
+                )
+        self.class_names = list(classes)
+
+    def prepare_data(self) -> None:
+        if self.dataset == "fashion_mnist":
+            find_fashion_mnist(self.root)
+        elif self.dataset in BUILT_IN:
+            self._torchvision(train=True, download=True)
+
+    def _torchvision(self, train: bool, download: bool = False) -> Any:
+        names = {"fashion_mnist": "FashionMNIST", "cifar10": "CIFAR10", "cifar100": "CIFAR100"}
+        return getattr(tv_datasets, names[self.dataset])(str(self.root), train=train, download=download)
+
+    def setup(self, stage: str | None = None) -> None:
+        if self.dataset in BUILT_IN and not self.stages:
+            train, test = self._torchvision(train=True), self._torchvision(train=False)
+            self.class_names = list(train.classes)
+            self.stages = {"train": (train, range(len(train))), "val": (test, range(len(test)))}
+            if self.val_fraction is not None:
+                chosen, held_out = split_by_class(list(train.targets), self.val_fraction, self.split_seed)
+                self.stages |= {
+                    "train": (train, chosen),
+                    "val": (train, held_out),
+                    "test": (test, range(len(test))),
+                }
+        if self.stages and self.train_samples is not None:
+            base, indices = self.stages["train"]
+            if self.train_samples > len(indices):
+                raise ValueError(f"train_samples must be at most {len(indices)}, got {self.train_samples}")
+            order = torch.randperm(len(indices), generator=torch.Generator().manual_seed(self.split_seed))
+            self.stages["train"] = (base, [indices[i] for i in order[: self.train_samples].tolist()])
+            self.train_samples = None
+        if self.stages and stage in (None, "fit"):
+            images = len(self.stages["train"][1])
+            share = images // (self.trainer.world_size if self.trainer else 1)
+            if share < self.batch_size:
+                raise ValueError(
+                    f"batch_size must be at most {share}, the training images per process, got {self.batch_size}"
+                )
+
+    def data_config(self) -> dict[str, Any]:
+        """input_size (C, H, W), mean, std, interpolation and crop_pct: what is given here, else the model's."""
+        config: dict[str, Any] = {"input_size": (3, 224, 224), "interpolation": "bicubic", "crop_pct": 0.875}
+        config |= {"mean": (0.5,), "std": (0.5,)}
+        if self.trainer is not None:
+            config |= getattr(self.trainer.lightning_module, "data_config", {})
+        config |= {name: value for name, value in self.view.items() if value is not None and name != "img_size"}
+        channels, *size = config["input_size"]
+        size = [self.view["img_size"]] * 2 if self.view["img_size"] else size
+        for name in ("mean", "std"):
+            values = tuple(config[name])
+            if len(values) != channels:
+                values = (sum(values) / len(values),) * channels
+            config[name] = values
+        return {key: config[key] for key in ("mean", "std", "interpolation", "crop_pct")} | {
+            "input_size": (channels, *size)
+        }
+
+    def _loader(self, stage: str) -> DataLoader:
+        training, config = stage == "train", self.data_config()
+        transform = create_transform(**config, is_training=training, **(self.augmentation if training else {}))
+        mode = "L" if config["input_size"][0] == 1 else "RGB"
+        batch_size = self.batch_size if training else self.eval_batch_size
+        trainer = self.trainer
+        world, rank = (trainer.world_size, trainer.global_rank) if trainer else (1, 0)
+        dataset: Dataset
+        sampler: DistributedSampler | None = None
+        if self.is_timm:
+            dataset = create_dataset(
+                self.dataset,
+                root=str(self.root),
+                split=self.splits["val" if stage == "test" else stage],
+                is_training=training,
+                batch_size=batch_size,
+                input_img_mode=mode,
+                seed=self.seed,
+            )
+            dataset.transform = transform
+        else:
+            base, indices = self.stages.get(stage, self.stages["val"])
+            dataset = Images(base, indices, transform, mode)
+        if not isinstance(dataset, IterableDataset):
+            if training:
+                sampler = DistributedSampler(dataset, world, rank, shuffle=True, seed=self.seed, drop_last=True)
+            elif world > 1:
+                sampler = UnrepeatedDistributedSampler(dataset, world, rank, shuffle=False)
+        return DataLoader(
+            dataset,
+            batch_size,
+            sampler=sampler,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            collate_fn=collate,
+            drop_last=training,
+            pin_memory=torch.cuda.is_available(),
+            generator=torch.Generator().manual_seed(self.seed + rank),
+        )
+
+    def train_dataloader(self) -> DataLoader:
+        return self._loader("train")
+
+    def val_dataloader(self) -> DataLoader:
+        return self._loader("val")
+
+    def test_dataloader(self) -> DataLoader:
+        return self._loader("test")
+
+    def predict_dataloader(self) -> DataLoader:
+        return self._loader("test")
+
+    def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> tuple[Tensor, Tensor]:
+        for bad in batch.bad:
+            if not self.skip_bad_images:
+                raise ValueError(f"{bad} (--data.skip_bad_images true leaves such images out)")
+            if bad.path not in self.warned:
+                self.warned.add(bad.path)
+                warnings.warn(f"left out: {bad}", stacklevel=2)
+        return batch.images, batch.targets
+
+
+def open_folder(folder: Path) -> tv_datasets.ImageFolder:
+    """ImageFolder with one clear line for what is missing."""
+    classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
+    if not classes:
+        raise ValueError(f"there is no class folder in {folder}; it must hold one subfolder per class")
+    base = tv_datasets.ImageFolder(str(folder), allow_empty=True, loader=_open_image)
+    found = {target for _, target in base.samples}
+    empty = [name for target, name in enumerate(base.classes) if target not in found]
+    if empty:
+        raise ValueError(
+            f"there is no image in the class folder {folder / empty[0]}"
+            + (f" (nor in {len(empty) - 1} more)" if len(empty) > 1 else "")
+        )
+    return base
+
+
+def _open_image(path: str) -> Image.Image:
+    with Image.open(path) as image:
+        image.load()
+        return image
+
+
+def split_by_class(targets: Sequence[int], fraction: float, seed: int) -> tuple[list[int], list[int]]:
+    """Indices to keep and indices to hold out: ``fraction`` of each class, at least one, chosen by seed."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.as_tensor(targets)
+    held_out = torch.zeros(len(labels), dtype=torch.bool)
+    for label in labels.unique():
+        members = (labels == label).nonzero().squeeze(1)
+        if len(members) < 2:
+            raise ValueError(f"class number {int(label)} has 1 image, too few to split for validation")
+        count = min(max(round(fraction * len(members)), 1), len(members) - 1)
+        held_out[members[torch.randperm(len(members), generator=generator)[:count]]] = True
+    return (~held_out).nonzero().squeeze(1).tolist(), held_out.nonzero().squeeze(1).tolist()
+
+
+def find_fashion_mnist(root: Path, debian_download: bool = False) -> Path:
+    """The folder with Fashion-MNIST's four files below root, unpacked or downloaded if need be.
+
+    Tried in this order: root, Debian's package where it is installed, torchvision's download, and, if
+    debian_download, Debian's package fetched and unpacked without being installed.
+
+    Raises:
+        FileNotFoundError: none of them worked; says what can be done.
+    """
+    raw = root / "FashionMNIST" / "raw"
+    if all((raw / name).is_file() for name in FASHION_FILES):
+        return raw
+    if unpack(DEBIAN_FOLDER, raw):
+        return raw
+    reasons = []
+    try:
+        tv_datasets.FashionMNIST(str(root), download=True)
+        return raw
+    except (RuntimeError, OSError) as error:
+        reasons.append(f"torchvision's download failed ({str(error).splitlines()[-1]})")
+    if debian_download:
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                fetch_debian_package(Path(folder))
+                unpack(Path(folder) / DEBIAN_FOLDER.relative_to("/"), raw)
+            return raw
+        except (OSError, subprocess.CalledProcessError) as error:
+            reasons.append(f"so did Debian's package ({str(getattr(error, 'stderr', '') or error).strip()})")
+    raise FileNotFoundError(
+        f"Fashion-MNIST is not in {raw}: {'; '.join(reasons)}. Any of these works: a network, "
+        f"`python -m hcvision.data {root}`, `apt-get install {DEBIAN_PACKAGE}`, or its four unpacked files in {raw}"
+    )
+
+
+def unpack(folder: Path, raw: Path) -> bool:
+    """Unpack the four .gz files of folder into raw. False if they are not there."""
+    if not all((folder / f"{name}.gz").is_file() for name in FASHION_FILES):
+        return False
+    raw.mkdir(parents=True, exist_ok=True)
+    for name in FASHION_FILES:
+        partial = raw / f"{name}.partial"
+        with gzip.open(folder / f"{name}.gz") as source, partial.open("wb") as target:
+            shutil.copyfileobj(source, target)
+        partial.replace(raw / name)
+    return True
+
+
+def fetch_debian_package(folder: Path) -> None:
+    """Download Debian's Fashion-MNIST package and unpack it into folder, with package lists of its own: no root."""
+    lists, cache = folder / "lists", folder / "cache"
+    for path in (lists / "partial", cache / "archives" / "partial"):
+        path.mkdir(parents=True)
+    options = [f"-oDir::State::Lists={lists}", f"-oDir::Cache={cache}", "-oAPT::Sandbox::User="]
+    for arguments in (["apt-get", *options, "update"], ["apt-get", *options, "download", DEBIAN_PACKAGE]):
+        subprocess.run(arguments, cwd=folder, check=True, capture_output=True, text=True)
+    package = next(folder.glob(f"{DEBIAN_PACKAGE}_*.deb"))
+    subprocess.run(["dpkg-deb", "-x", str(package), str(folder)], check=True, capture_output=True, text=True)
+
+
+if __name__ == "__main__":
+    print(f"Fashion-MNIST is in {find_fashion_mnist(Path(sys.argv[1]), debian_download=True)}")
