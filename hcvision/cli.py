@@ -19,7 +19,7 @@ from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 
 from hcvision.data import ImageData
 from hcvision.study import Study
-from hcvision.training import ImageClassifier, last_checkpoint, run_equipment
+from hcvision.training import ImageClassifier, keep_metrics, last_checkpoint, read_checkpoint, run_equipment
 
 USAGE = """\
 usage: hcvision COMMAND [--config FILE] [options]
@@ -100,7 +100,7 @@ class CommandLine(LightningCLI):
             config["ckpt_path"] = checkpoint = str(self.find_checkpoint())
             print(f"resuming {self.run_folder} from {checkpoint}")
         elif is_first_process():
-            make_room(self.run_folder)
+            check_room(self.run_folder)
         if checkpoint is not None and not Path(checkpoint).is_file():
             raise FileNotFoundError(f"there is no checkpoint {checkpoint}")
 
@@ -123,6 +123,14 @@ class CommandLine(LightningCLI):
             self.save_config_callback = None
         config["callbacks"] = [*(config["callbacks"] or []), *callbacks]
         return super().instantiate_trainer(**equipment, **kwargs)
+
+    def before_fit(self) -> None:
+        """The last checks, before anything is written."""
+        path = self.config_init[self.subcommand]["ckpt_path"]
+        if path is not None:
+            self.model.on_load_checkpoint(read_checkpoint(path))
+        if is_first_process():
+            keep_metrics(self.run_folder) if self.config_init[self.subcommand]["resume"] else make_room(self.run_folder)
 
     def after_fit(self) -> None:
         metrics = self.trainer.callback_metrics
@@ -153,25 +161,27 @@ class WritePredictions(BasePredictionWriter):
         print(f"wrote {number} predictions to {path}")
 
 
-def make_room(run: Path) -> None:
-    """See to it that a new run finds its folder empty, and loses nobody's work.
-
-    A run that was never able to write a checkpoint is moved aside.
-
-    Raises:
-        ValueError: the folder holds a run, or something that is none.
-    """
-    if not run.exists() or (run.is_dir() and not any(run.iterdir())):
-        return
-    if last_checkpoint(run) is not None:
+def check_room(run: Path) -> None:
+    """Raise ValueError when a new run would write into a folder that holds a run, or something else."""
+    if not is_free(run) and last_checkpoint(run) is not None:
         raise ValueError(f"{run} holds a run; --resume true goes on with it, --run names another folder for a new one")
-    if not (run / "config.yaml").is_file():
+    if not is_free(run) and not (run / "config.yaml").is_file():
         raise ValueError(f"{run} exists and is not a run of ours; --run names another folder")
+
+
+def is_free(run: Path) -> bool:
+    return not run.exists() or (run.is_dir() and not any(run.iterdir()))
+
+
+def make_room(run: Path) -> None:
+    """Move a run aside that ended before its first checkpoint, so that nothing of it is lost."""
+    if is_free(run):
+        return
     number = 1
     while (aside := run.with_name(f"{run.name}.unfinished{number}")).exists():
         number += 1
     run.rename(aside)
-    print(f"{run} had no checkpoint yet; it was moved to {aside}")
+    print(f"{run} ended before its first checkpoint; it was moved to {aside}")
 
 
 def is_first_process() -> bool:

@@ -227,9 +227,8 @@ class ImageData(pl.LightningDataModule):
         for stage, (base, _) in self.stages.items():
             if base.classes != classes:
                 differing = sorted(set(base.classes) ^ set(classes))
-                raise ValueError(
-                    f"the class folders of {self.splits['train']} and {self.splits[stage]} differ: {', '.join(differing)}"
-                )
+                both = f"{self.splits['train']} and {self.splits[stage]}"
+                raise ValueError(f"the class folders of {both} differ: {', '.join(differing)}")
         self.class_names = list(classes)
 
     def prepare_data(self) -> None:

@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 
 from hcvision.connections import parse_connection
 from hcvision.data import ImageData
-from hcvision.training import ImageClassifier, last_checkpoint, run_equipment
+from hcvision.training import ImageClassifier, keep_metrics, last_checkpoint, metrics_files, run_equipment
 
 COLUMNS = ("variant", "seed", "top1", "top5", "val_loss", "train_loss", "parameters", "epochs", "images", "seconds")
 COLORS = ("#444444", "#d1495b", "#00798c", "#edae49", "#66a182", "#8d5b9e", "#2e4057", "#b8b8b8")
@@ -116,6 +116,7 @@ class Study:
         data.prepare_data()
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "settings.json", self.settings)
+        keep_metrics(folder)
         quiet = {"enable_model_summary": False, "num_sanity_val_steps": 0}
         trainer = pl.Trainer(**{**quiet, **run_equipment(folder, f"{variant} seed {seed}"), **self.trainer})
         checkpoint = last_checkpoint(folder)
@@ -256,11 +257,12 @@ def write_json(path: Path, value: Any) -> None:
 def read_curve(folder: Path) -> dict[str, list[float]]:
     """Validation top-1 in percent and training loss by epoch, from a cell's metrics.csv."""
     curve: dict[str, dict[int, float]] = {"val_top1": {}, "train_loss": {}}
-    with (folder / "metrics.csv").open() as file:
-        for row in csv.DictReader(file):
-            for name, points in curve.items():
-                if row.get(name):
-                    points[int(row["epoch"])] = float(row[name]) * (100 if name == "val_top1" else 1)
+    for path in metrics_files(folder):
+        with path.open() as file:
+            for row in csv.DictReader(file):
+                for name, points in curve.items():
+                    if row.get(name):
+                        points[int(row["epoch"])] = float(row[name]) * (100 if name == "val_top1" else 1)
     return {name: [points[epoch] for epoch in sorted(points)] for name, points in curve.items()}
 
 

@@ -1,12 +1,14 @@
 """Lightning modules around timm models."""
 
 import difflib
+import pickle
 import time
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 import timm
+import torch
 from pytorch_lightning.callbacks import EMAWeightAveraging, LearningRateMonitor, ModelCheckpoint, TQDMProgressBar
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 from timm.data import Mixup, resolve_model_data_config
@@ -151,7 +153,7 @@ class ImageClassifier(pl.LightningModule):
             self.train_top1(logits, targets)
             self.log("train_top1", self.train_top1, on_step=False, on_epoch=True)
         self.log("loss", loss, on_step=True, prog_bar=True)
-        self.log("train_loss", loss, on_step=False, on_epoch=True, batch_size=len(images))
+        self.log("train_loss", loss, on_step=False, on_epoch=True, batch_size=len(images), sync_dist=True)
         return loss
 
     def _evaluate(self, batch: tuple[Tensor, Tensor], metrics: MetricCollection, mean_loss: MeanMetric, stage: str):
@@ -238,6 +240,7 @@ class ImageClassifier(pl.LightningModule):
         return sorted(set(own) - given | (set(own) - set(state)))
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Raise ValueError when the checkpoint is of another architecture."""
         theirs = checkpoint.get("hyper_parameters", {})
         for name in ("model", "connection", "num_classes", "model_args"):
             if name in theirs and theirs[name] != self.hparams[name]:
@@ -324,6 +327,30 @@ def last_checkpoint(run: Path) -> Path | None:
     """The newest checkpoint of a run folder, or None."""
     path = checkpoint_folder(run) / "last.ckpt"
     return path if path.is_file() else None
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """A checkpoint's contents, tensors mapped and not copied. Executes nothing that the file says.
+
+    Raises:
+        ValueError: it is no checkpoint, or a damaged one.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{path} is no checkpoint, or a damaged one: {str(error).splitlines()[0]}") from error
+
+
+def metrics_files(run: Path) -> list[Path]:
+    """The run's metrics, oldest first: metrics.1.csv, metrics.2.csv, ... (before each resume), metrics.csv."""
+    earlier = sorted(run.glob("metrics.*.csv"), key=lambda path: int(path.name.split(".")[1]))
+    return earlier + [path for path in [run / "metrics.csv"] if path.is_file()]
+
+
+def keep_metrics(run: Path) -> None:
+    """Put metrics.csv beside: Lightning's CSVLogger starts over in it when a run goes on."""
+    if (run / "metrics.csv").is_file():
+        (run / "metrics.csv").rename(run / f"metrics.{len(metrics_files(run))}.csv")
 
 
 def run_equipment(run: Path, title: str = "") -> dict[str, Any]:

@@ -1,0 +1,64 @@
+"""Small images for every test, drawn here: no download."""
+
+import os
+from pathlib import Path
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from PIL import Image
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+torch.set_num_threads(2)
+
+
+def draw(label: int, number: int) -> Image.Image:
+    """A 32x32 picture of class 0 (dark top), 1 (dark left) or 2 (dark middle), with noise of its own."""
+    generator = torch.Generator().manual_seed(1000 * label + number)
+    pixels = torch.randint(120, 256, (32, 32, 3), generator=generator, dtype=torch.uint8)
+    region = [(slice(0, 16), slice(None)), (slice(None), slice(0, 16)), (slice(8, 24), slice(8, 24))][label]
+    pixels[region] //= 3
+    return Image.fromarray(pixels.numpy())
+
+
+def write_folder(root: Path, train: int = 24, val: int = 13) -> Path:
+    for split, count in (("train", train), ("val", val)):
+        for label, name in enumerate(("left-out", "müller straße", "zebra")):
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for number in range(count):
+                draw(label, number + (500 if split == "val" else 0)).save(folder / f"{number:03}.png")
+    return root
+
+
+@pytest.fixture(scope="session")
+def image_folder(tmp_path_factory) -> Path:
+    """train/ with 72 and val/ with 39 images of three classes."""
+    return write_folder(tmp_path_factory.mktemp("images"))
+
+
+TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3}
+
+
+@pytest.fixture
+def tiny() -> dict:
+    """Arguments that make a timm ViT small."""
+    return dict(TINY)
+
+
+@pytest.fixture
+def trainer_args(tmp_path) -> dict:
+    """A Trainer that keeps quiet and writes nothing but checkpoints below tmp_path."""
+    return {
+        "accelerator": "cpu",
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": False,
+        "default_root_dir": str(tmp_path),
+    }
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    pl.seed_everything(0, verbose=False)

@@ -1,0 +1,203 @@
+import gzip
+import shutil
+
+import numpy as np
+import pytest
+import pytorch_lightning as pl
+import torch
+
+from hcvision import data
+from hcvision.data import FASHION_FILES, BadImage, Batch, ImageData, find_fashion_mnist, split_by_class
+
+
+def test_folder_gives_every_validation_image_once_in_order(image_folder):
+    module = ImageData(root=str(image_folder), batch_size=8, eval_batch_size=10, num_workers=0)
+    module.setup()
+    assert module.num_classes == 3
+    assert module.class_names == ["left-out", "müller straße", "zebra"]
+    targets = torch.cat([batch.targets for batch in module.val_dataloader()])
+    assert targets.tolist() == [0] * 13 + [1] * 13 + [2] * 13
+    assert len(module.train_dataloader()) == 72 // 8
+
+
+def test_images_are_resized_and_normalised_as_asked(image_folder):
+    module = ImageData(
+        root=str(image_folder), num_workers=0, img_size=32, mean=[0.5, 0.25, 0.1], std=[0.5, 0.2, 0.1],
+        crop_pct=1.0, batch_size=8,
+    )  # fmt: skip
+    module.setup()
+    image = next(iter(module.val_dataloader())).images[0]
+    raw = module.stages["val"][0][0][0]
+    expected = torch.tensor(np.asarray(raw)).permute(2, 0, 1) / 255
+    expected = (expected - torch.tensor([0.5, 0.25, 0.1]).view(3, 1, 1)) / torch.tensor([0.5, 0.2, 0.1]).view(3, 1, 1)
+    torch.testing.assert_close(image, expected)
+
+
+def test_size_channels_and_statistics_come_from_the_model(image_folder, tiny, trainer_args):
+    from hcvision.training import ImageClassifier
+
+    module = ImageData(root=str(image_folder), num_workers=0, batch_size=8)
+    model = ImageClassifier("vit_tiny_patch16_224_dhc2", num_classes=3, model_args={**tiny, "in_chans": 1})
+    trainer = pl.Trainer(max_epochs=1, **trainer_args)
+    trainer.fit(model, module)
+    config = module.data_config()
+    assert config["input_size"] == (1, 32, 32)
+    assert config["mean"] == (0.5,)
+    assert next(iter(module.val_dataloader())).images.shape == (8, 1, 32, 32)
+
+
+def test_order_depends_on_seed_and_epoch_alone(image_folder):
+    def order(seed, epoch):
+        module = ImageData(root=str(image_folder), num_workers=0, batch_size=8, seed=seed, no_aug=True)
+        module.setup()
+        torch.rand(seed + 7)  # the global generator must not matter
+        loader = module.train_dataloader()
+        loader.sampler.set_epoch(epoch)
+        return torch.cat([batch.targets for batch in loader]).tolist()
+
+    assert order(1, 0) == order(1, 0)
+    assert order(1, 0) != order(2, 0)
+    assert order(1, 0) != order(1, 1)
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_processes_share_the_images_without_repeating_any(image_folder, world, monkeypatch):
+    seen = []
+    for rank in range(world):
+        module = ImageData(root=str(image_folder), num_workers=0, batch_size=4)
+        module.setup()
+        module.trainer = type("T", (), {"world_size": world, "global_rank": rank, "lightning_module": None})()
+        seen += list(module.val_dataloader().sampler)
+    assert sorted(seen) == list(range(39))  # 39 is not divisible by 2
+
+
+def test_split_by_class_is_stratified_and_seeded():
+    targets = [0] * 40 + [1] * 10 + [2] * 2
+    train, val = split_by_class(targets, 0.1, seed=3)
+    assert sorted(train + val) == list(range(52))
+    assert [sum(targets[i] == c for i in val) for c in range(3)] == [4, 1, 1]
+    assert split_by_class(targets, 0.1, seed=3) == (train, val)
+    assert split_by_class(targets, 0.1, seed=4) != (train, val)
+
+
+def test_one_folder_with_a_fraction(image_folder):
+    module = ImageData(root=str(image_folder / "train"), val_fraction=0.25, batch_size=8, num_workers=0)
+    module.setup()
+    (_, train), (_, val) = module.stages["train"], module.stages["val"]
+    assert (len(train), len(val)) == (54, 18)
+    assert not set(train) & set(val)
+
+
+def test_train_samples_are_a_seeded_choice(image_folder):
+    chosen = []
+    for _ in range(2):
+        module = ImageData(root=str(image_folder), train_samples=20, batch_size=4, num_workers=0)
+        module.setup()
+        module.setup()  # Lightning calls it once per stage
+        chosen.append(module.stages["train"][1])
+    assert chosen[0] == chosen[1]
+    assert len(set(chosen[0])) == 20
+
+
+@pytest.fixture
+def damaged_folder(image_folder, tmp_path):
+    root = tmp_path / "damaged"
+    shutil.copytree(image_folder, root)
+    bad = root / "train" / "zebra" / "007.png"
+    bad.write_bytes(bad.read_bytes()[:200])
+    return root, bad
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_bad_image_stops_with_its_path(damaged_folder, workers):
+    root, bad = damaged_folder
+    module = ImageData(root=str(root), batch_size=72, num_workers=workers, img_size=32)
+    module.setup()
+    (batch,) = module.train_dataloader()
+    with pytest.raises(ValueError, match=rf"cannot read image {bad}: .*skip_bad_images"):
+        module.on_before_batch_transfer(batch, 0)
+
+
+def test_a_bad_image_is_left_out_if_asked_and_named_once(damaged_folder):
+    root, bad = damaged_folder
+    module = ImageData(root=str(root), batch_size=72, num_workers=0, img_size=32, skip_bad_images=True)
+    module.setup()
+    (batch,) = module.train_dataloader()
+    with pytest.warns(UserWarning, match=f"left out: cannot read image {bad}"):
+        images, targets = module.on_before_batch_transfer(batch, 0)
+    assert len(images) == len(targets) == 71
+    module.on_before_batch_transfer(batch, 0)  # warnings are errors here: no second one
+
+
+def test_bad_batch_types_round_trip():
+    batch = data.collate([BadImage("a.png", "broken")])
+    assert isinstance(batch, Batch)
+    assert len(batch.images) == len(batch.targets) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"eval_batch_size": -1}, "eval_batch_size must be at least 1, got -1"),
+        ({"num_workers": -1}, "num_workers must be at least 0, got -1"),
+        ({"val_fraction": 1.0}, "val_fraction must be between 0 and 1"),
+        ({"train_samples": 0}, "train_samples must be at least 1"),
+        ({"dataset": "mnist1d"}, "dataset must be one of folder, fashion_mnist, cifar10"),
+        ({"dataset": "hfds/uoft-cs/cifar10"}, "num_classes must be given"),
+        ({"num_classes": 4}, "num_classes must be 3"),
+    ],
+)
+def test_wrong_arguments(image_folder, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        ImageData(**{"root": str(image_folder), **arguments})
+
+
+def test_wrong_folders(image_folder, tmp_path):
+    with pytest.raises(FileNotFoundError, match="there is no folder .*nowhere"):
+        ImageData(root=str(tmp_path / "nowhere"))
+    with pytest.raises(FileNotFoundError, match="there is no folder .*/train; .* must hold train/ and val/"):
+        ImageData(root=str(tmp_path))
+    root = tmp_path / "empty"
+    shutil.copytree(image_folder, root)
+    (root / "train" / "aardvark").mkdir()
+    (root / "val" / "aardvark").mkdir()
+    with pytest.raises(ValueError, match="no image in the class folder .*train/aardvark"):
+        ImageData(root=str(root))
+    (root / "train" / "aardvark").rmdir()
+    shutil.copytree(root / "val" / "zebra", root / "val" / "aardvark", dirs_exist_ok=True)
+    with pytest.raises(ValueError, match="class folders of train and val differ: aardvark"):
+        ImageData(root=str(root))
+    module = ImageData(root=str(image_folder), batch_size=100, num_workers=0)
+    with pytest.raises(ValueError, match="batch_size must be at most 72"):
+        module.setup("fit")
+
+
+def test_fashion_mnist_is_looked_for_in_every_place(tmp_path, monkeypatch):
+    debian = tmp_path / "debian"
+    debian.mkdir()
+    for name in FASHION_FILES:
+        with gzip.open(debian / f"{name}.gz", "wb") as file:
+            file.write(name.encode())
+    monkeypatch.setattr(data, "DEBIAN_FOLDER", debian)
+    raw = find_fashion_mnist(tmp_path / "root")
+    assert {path.name: path.read_text() for path in raw.iterdir()} == {name: name for name in FASHION_FILES}
+
+    monkeypatch.setattr(data, "DEBIAN_FOLDER", tmp_path / "missing")
+    assert find_fashion_mnist(tmp_path / "root") == raw  # found where it was put
+
+    def no_network(*args, **kwargs):
+        raise RuntimeError("Error downloading t10k")
+
+    monkeypatch.setattr(data.tv_datasets, "FashionMNIST", no_network)
+    with pytest.raises(FileNotFoundError, match=r"Error downloading.*python -m hcvision.data.*apt-get install"):
+        find_fashion_mnist(tmp_path / "other")
+
+
+def test_a_timm_dataset_string(tmp_path, image_folder):
+    """torch/image_folder stands for all of timm.data.create_dataset: same reader, no network."""
+    module = ImageData("torch/image_folder", root=str(image_folder), num_classes=3, batch_size=8, num_workers=0)
+    module.setup("fit")
+    assert len(module.train_dataloader().dataset) == 72
+    targets = torch.cat([batch.targets for batch in module.val_dataloader()])
+    assert targets.bincount().tolist() == [13, 13, 13]

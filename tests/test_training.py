@@ -1,0 +1,241 @@
+import math
+import pickle
+
+import pytest
+import pytorch_lightning as pl
+import timm
+import torch
+
+from hcvision.data import ImageData
+from hcvision.training import ImageClassifier, check_name, keep_metrics, metrics_files, read_checkpoint
+
+
+@pytest.fixture
+def build(tiny):
+    def make(model="vit_tiny_patch16_224", **kwargs):
+        return ImageClassifier(model, **{"num_classes": 3, "model_args": tiny, **kwargs})
+
+    return make
+
+
+@pytest.fixture
+def images(image_folder):
+    def make(**kwargs):
+        return ImageData(**{"root": str(image_folder), "batch_size": 8, "num_workers": 0, "no_aug": True, **kwargs})
+
+    return make
+
+
+@pytest.fixture
+def fit(images, trainer_args):
+    def run(model, max_epochs=2, data=None, **kwargs):
+        trainer = pl.Trainer(max_epochs=max_epochs, **{**trainer_args, **kwargs})
+        trainer.fit(model, data or images())
+        return trainer
+
+    return run
+
+
+@pytest.mark.parametrize("connection", ["residual", "dhc2", "dfc2"])
+def test_it_learns(build, fit, connection):
+    model = build(connection=connection, lr=3e-3, weight_decay=0.0)
+    trainer = fit(model, max_epochs=15)
+    assert trainer.callback_metrics["val_top1"] > 0.9
+    if connection != "residual":  # the connections learned too
+        moved = model.model.blocks[0].connection1.static_alpha - model.model.blocks[0].connection1.initial_weights()[0]
+        assert moved.abs().max() > 1e-3
+
+
+def test_metrics_are_plain_top1_over_all_images(build, fit, images):
+    """Micro, not timm's or torchmetrics' macro; every image once, though 39 is no multiple of 8."""
+    model = build(lr=1e-3)
+    trainer = fit(model, max_epochs=1)
+    data = images()
+    data.trainer = trainer
+    data.setup()
+    model.eval()
+    with torch.no_grad():
+        logits, targets = zip(*((model(batch.images), batch.targets) for batch in data.val_dataloader()), strict=True)
+    logits, targets = torch.cat(logits), torch.cat(targets)
+    assert len(targets) == 39
+    assert trainer.callback_metrics["val_top1"] == pytest.approx((logits.argmax(1) == targets).double().mean())
+    loss = torch.nn.functional.cross_entropy(logits, targets)
+    assert trainer.callback_metrics["val_loss"].item() == pytest.approx(loss.item(), rel=1e-5)
+    assert "val_top5" not in trainer.callback_metrics  # three classes
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_schedule_steps_per_update_with_warmup(build, fit, accumulate):
+    rates = []
+
+    class Watch(pl.Callback):
+        def on_before_optimizer_step(self, trainer, module, optimizer):
+            rates.append(optimizer.param_groups[0]["lr"])
+
+    model = build(lr=1.0, warmup_steps=3, min_lr=0.1, opt="sgd")
+    trainer = fit(model, callbacks=[Watch()], accumulate_grad_batches=accumulate, gradient_clip_val=1e-9)
+    total = 2 * math.ceil(9 / accumulate)
+    assert trainer.global_step == total
+    expected = [step / 3 for step in range(3)]
+    expected += [0.1 + 0.45 * (1 + math.cos(math.pi * step / (total - 3))) for step in range(total - 3)]
+    assert rates == pytest.approx(expected)
+
+
+def test_layer_decay_reaches_the_optimizer(build, fit):
+    groups = []
+
+    class Watch(pl.Callback):
+        def on_train_batch_end(self, trainer, module, *_):
+            groups[:] = [(g["lr"], g["lr_scale"]) for g in trainer.optimizers[0].param_groups]
+
+    fit(build(connection="dhc2", layer_decay=0.5, sched="constant", lr=1e-3), max_epochs=1, callbacks=[Watch()])
+    assert {scale for _, scale in groups} == {1.0, 0.5, 0.25, 0.125}
+    assert all(lr == pytest.approx(1e-3 * scale) for lr, scale in groups)
+
+
+@pytest.mark.parametrize("opt", ["adamw", "muon"])
+def test_every_parameter_is_optimized_once_and_static_ones_do_not_decay(build, fit, opt):
+    model = build(connection="dhc2", weight_decay=0.3, opt=opt)
+    trainer = fit(model, max_epochs=1, limit_train_batches=1)
+    names = {id(p): name for name, p in model.model.named_parameters()}
+    groups = [(names[id(p)], group) for group in trainer.optimizers[0].param_groups for p in group["params"]]
+    assert sorted(name for name, _ in groups) == sorted(names.values())
+    for name, group in groups:
+        if "static" in name or "scale" in name:
+            assert group["weight_decay"] == 0, name
+        if "dynamic" in name and name.endswith("_fn"):
+            assert group["weight_decay"] == 0.3, name
+        if opt == "muon" and "connection" in name:
+            assert group["use_fallback"], name
+
+
+def test_mixup_trains_on_soft_targets(build, fit, images):
+    model = build(mixup=0.8, cutmix=1.0, label_smoothing=0.1, lr=1e-3)
+    trainer = fit(model, max_epochs=1)
+    assert "train_top1" not in trainer.callback_metrics
+    assert trainer.callback_metrics["train_loss"] > 0.3
+    with pytest.raises(ValueError, match="batch_size must be even for mixup and cutmix, got 7"):
+        fit(build(mixup=0.8), data=images(batch_size=7))
+
+
+def test_ema_is_what_is_validated_and_saved(build, fit, tmp_path):
+    model = build(ema_decay=0.0, lr=1e-3)  # an average that forgets all: the current weights
+    trainer = fit(model, max_epochs=1)
+    trainer.save_checkpoint(tmp_path / "ema.ckpt")
+    checkpoint = read_checkpoint(tmp_path / "ema.ckpt")
+    assert set(checkpoint["current_model_state"]) == set(checkpoint["state_dict"])
+    slow = build(ema_decay=0.999, lr=1e-3)
+    start = slow.model.head.weight.detach().clone()
+    fit(slow, max_epochs=1)
+    fast = build(lr=1e-3)
+    fast.load_state_dict(model.state_dict())
+    assert (slow.model.head.weight - start).abs().max() < 0.1 * (model.model.head.weight - start).abs().max()
+
+
+def test_a_run_resumes_to_the_same_weights(build, fit, images, trainer_args, tmp_path):
+    def run(epochs, ckpt_path=None):
+        pl.seed_everything(0, verbose=False)
+        model = build(connection="dhc2", lr=2e-3, warmup_steps=4)
+        trainer = pl.Trainer(max_epochs=4, **trainer_args)
+        stop = type("Stop", (pl.Callback,), {})()
+        stop.on_train_epoch_end = lambda trainer, module: setattr(
+            trainer, "should_stop", trainer.current_epoch + 1 == epochs
+        )
+        trainer.callbacks.append(stop)
+        trainer.fit(model, images(), ckpt_path=ckpt_path, weights_only=True)
+        return model, trainer
+
+    whole, _ = run(4)
+    _, half = run(2)
+    half.save_checkpoint(tmp_path / "half.ckpt")
+    resumed, trainer = run(4, tmp_path / "half.ckpt")
+    assert trainer.global_step == 4 * 9
+    for (name, a), b in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_checkpoint_of_another_architecture_is_refused(build, fit, tmp_path):
+    trainer = fit(build(connection="dhc2"), max_epochs=1, limit_train_batches=1)
+    trainer.save_checkpoint(tmp_path / "dhc2.ckpt")
+    checkpoint = read_checkpoint(tmp_path / "dhc2.ckpt")
+    with pytest.raises(ValueError, match="connection is 'dhc2' there and 'dhc4' here"):
+        build(connection="dhc4").on_load_checkpoint(checkpoint)
+    del checkpoint["hyper_parameters"]
+    with pytest.raises(ValueError, match=r"another architecture: model\.blocks\.0.*connection1.* is not in this model"):
+        build(connection="residual").on_load_checkpoint(checkpoint)
+    (tmp_path / "broken.ckpt").write_bytes((tmp_path / "dhc2.ckpt").read_bytes()[:5000])
+    with pytest.raises(ValueError, match="no checkpoint, or a damaged one"):
+        read_checkpoint(tmp_path / "broken.ckpt")
+    (tmp_path / "evil.ckpt").write_bytes(pickle.dumps({"state_dict": print}))
+    with pytest.raises(ValueError, match="no checkpoint, or a damaged one"):
+        read_checkpoint(tmp_path / "evil.ckpt")
+
+
+def test_init_from_takes_weights_and_resizes_the_head(build, fit, tiny, tmp_path):
+    source = timm.create_model("vit_tiny_patch16_224", num_classes=7, **tiny)
+    torch.save(source.state_dict(), tmp_path / "w.pth")
+    model = build(connection="dhc2", init_from=str(tmp_path / "w.pth"))
+    x = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(model.model.forward_features(x), source.forward_features(x))
+    assert model.model.head.weight.shape == (3, 48)
+    trainer = fit(model, max_epochs=1, limit_train_batches=2)
+    trainer.save_checkpoint(tmp_path / "run.ckpt")
+    again = build(connection="dhc2", init_from=str(tmp_path / "run.ckpt"))
+    for (name, a), b in zip(model.model.state_dict().items(), again.model.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+    with pytest.raises(ValueError, match="are of another architecture: .*blocks.1"):
+        build(model_args={**tiny, "depth": 1}, init_from=str(tmp_path / "w.pth"))
+    with pytest.raises(FileNotFoundError, match="there is no file"):
+        build(init_from="nowhere.pth")
+
+
+def test_bf16_mixed_trains(build, fit):
+    trainer = fit(build(connection="dhc2", lr=3e-3), max_epochs=3, precision="bf16-mixed")
+    assert trainer.callback_metrics["val_top1"] > 0.5
+    assert math.isfinite(trainer.callback_metrics["train_loss"])
+
+
+def test_compile_keeps_keys_and_values(build, trainer_args):
+    model = build(connection="dfc2")
+    names = list(model.state_dict())
+    x = torch.randn(2, 3, 32, 32)
+    expected = model(x)
+    model.hparams["compile"] = True
+    model.trainer = pl.Trainer(**trainer_args)
+    model.setup("validate")
+    torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
+    assert list(model.state_dict()) == names
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"model": "vit_tiny_patch16_224_dch2"}, "unknown model .*did you mean vit_tiny_patch16_224_dhc2"),
+        ({"opt": "adamww"}, "unknown opt 'adamww'; did you mean adamw"),
+        ({"sched": "cosin"}, "unknown sched 'cosin'; did you mean cosine"),
+        ({"connection": "dhc"}, "connection must be 'residual' or one of"),
+        ({"warmup_steps": 1, "warmup_epochs": 1}, "give warmup_steps or warmup_epochs"),
+    ],
+)
+def test_wrong_arguments(build, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        build(**arguments)
+
+
+def test_wrong_for_the_run(build, fit):
+    with pytest.raises(ValueError, match="warm-up must be shorter than the 18 updates"):
+        fit(build(warmup_steps=18))
+    with pytest.raises(ValueError, match="num_classes must be 3, as in the data, got 5"):
+        fit(build(num_classes=5))
+
+
+def test_check_name_accepts_hub_names():
+    check_name("model", "hf-hub:timm/vit_tiny", ["vit_tiny"], remote=True)
+
+
+def test_metrics_of_a_resumed_run_are_kept(tmp_path):
+    for content in ("first", "second"):
+        (tmp_path / "metrics.csv").write_text(content)
+        keep_metrics(tmp_path)
+    (tmp_path / "metrics.csv").write_text("third")
+    assert [path.read_text() for path in metrics_files(tmp_path)] == ["first", "second", "third"]
