@@ -19,7 +19,7 @@ from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 
 from hcvision.data import ImageData
 from hcvision.study import Study
-from hcvision.training import ImageClassifier, keep_metrics, last_checkpoint, read_checkpoint, run_equipment
+from hcvision.training import ImageClassifier, equip, keep_metrics, last_checkpoint, read_checkpoint
 
 USAGE = """\
 usage: hcvision COMMAND [--config FILE] [options]
@@ -87,22 +87,20 @@ class CommandLine(LightningCLI):
         model, data = config["model"], config["data"]
         name = "_".join(filter(None, [str(model["model"]).replace(":", "_").replace("/", "_"), model["connection"]]))
         self.run_folder = Path(config["run"] or f"runs/{name}-{str(data['dataset']).replace('/', '_')}")
-        config["weights_only"] = True
-        checkpoint = config.get("ckpt_path")
-        if self.subcommand != "fit":
-            if config["resume"]:
-                raise ValueError(f"--resume belongs to fit; {self.subcommand} takes --ckpt_path")
-            if checkpoint is None:
-                config["ckpt_path"] = checkpoint = str(self.find_checkpoint())
-        elif config["resume"]:
-            if checkpoint is not None:
-                raise ValueError("give --resume or --ckpt_path, got both")
-            config["ckpt_path"] = checkpoint = str(self.find_checkpoint())
-            print(f"resuming {self.run_folder} from {checkpoint}")
-        elif is_first_process():
+        self.checkpoint = config["ckpt_path"]
+        self.resuming, config["resume"] = config["resume"] and self.subcommand == "fit", False
+        if self.resuming and self.checkpoint is not None:
+            raise ValueError("give --resume or --ckpt_path, got both")
+        if self.resuming or (self.subcommand != "fit" and self.checkpoint is None):
+            self.checkpoint = self.find_checkpoint()
+        elif self.subcommand == "fit" and is_first_process():
             check_room(self.run_folder)
-        if checkpoint is not None and not Path(checkpoint).is_file():
-            raise FileNotFoundError(f"there is no checkpoint {checkpoint}")
+        if self.checkpoint is not None and not Path(self.checkpoint).is_file():
+            raise FileNotFoundError(f"there is no checkpoint {self.checkpoint}")
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        kwargs = super()._prepare_subcommand_kwargs(subcommand)
+        return {**kwargs, "ckpt_path": self.checkpoint, "weights_only": True}
 
     def find_checkpoint(self) -> Path:
         checkpoint = last_checkpoint(self.run_folder)
@@ -112,25 +110,23 @@ class CommandLine(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         config = self.config_init[self.subcommand]["trainer"]
-        equipment = run_equipment(self.run_folder)
-        callbacks = equipment.pop("callbacks")
-        if self.subcommand == "predict":
-            callbacks.append(WritePredictions(self.run_folder / "predictions.csv"))
-        if config["logger"] not in (None, True):
-            equipment.pop("logger")
-        if self.subcommand != "fit":
-            equipment["logger"] = False
+        if self.subcommand != "fit":  # nothing new to log
+            config["logger"] = False
             self.save_config_callback = None
-        config["callbacks"] = [*(config["callbacks"] or []), *callbacks]
-        return super().instantiate_trainer(**equipment, **kwargs)
+        arguments = equip(self.run_folder, config.as_dict())
+        config["callbacks"] = arguments.pop("callbacks")
+        if self.subcommand == "predict":
+            config["callbacks"].append(WritePredictions(self.run_folder / "predictions.csv"))
+        return super().instantiate_trainer(**arguments, **kwargs)
 
     def before_fit(self) -> None:
         """The last checks, before anything is written."""
-        path = self.config_init[self.subcommand]["ckpt_path"]
-        if path is not None:
-            self.model.on_load_checkpoint(read_checkpoint(path))
+        if self.checkpoint is not None:
+            self.model.on_load_checkpoint(read_checkpoint(self.checkpoint))
+        if self.resuming:
+            print(f"resuming {self.run_folder} from {self.checkpoint}")
         if is_first_process():
-            keep_metrics(self.run_folder) if self.config_init[self.subcommand]["resume"] else make_room(self.run_folder)
+            keep_metrics(self.run_folder) if self.resuming else make_room(self.run_folder)
 
     def after_fit(self) -> None:
         metrics = self.trainer.callback_metrics
@@ -205,6 +201,7 @@ def compare(arguments: list[str]) -> None:
 
 def quieten() -> None:
     """Hush what says nothing to somebody who trains."""
+    os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*smaller than the logging interval.*")
     warnings.filterwarnings("ignore", message=".*exists and is not empty.*")

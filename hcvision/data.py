@@ -3,26 +3,30 @@
 ``python -m hcvision.data ROOT`` puts Fashion-MNIST into ROOT.
 """
 
+import contextlib
 import gzip
 import os
+import random
 import shutil
 import struct
 import subprocess
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytorch_lightning as pl
 import torch
 from PIL import Image
 from pytorch_lightning.overrides.distributed import UnrepeatedDistributedSampler
+from pytorch_lightning.utilities.seed import isolate_rng
 from timm.data import create_dataset, create_transform
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, get_worker_info
 from torchvision import datasets as tv_datasets
 
 FASHION_FILES = (
@@ -49,23 +53,43 @@ class BadImage:
 
 
 class Images(Dataset):
-    """Chosen samples of a map-style dataset of PIL images, transformed; bad ones become ``BadImage``."""
+    """Chosen samples of a map-style dataset of PIL images, transformed; bad ones become ``BadImage``.
 
-    def __init__(self, base: Any, indices: Sequence[int], transform: Callable, mode: str):
-        self.base, self.indices, self.transform, self.mode = base, indices, transform, mode
+    An index may come with an epoch. Then its augmentation depends on (seed, epoch, index) alone: not
+    on the number of workers, on what else draws random numbers, or on where a run was resumed.
+    """
+
+    def __init__(self, base: Any, indices: Sequence[int], transform: Callable, mode: str, seed: int = 0):
+        self.base, self.indices, self.transform, self.mode, self.seed = base, indices, transform, mode, seed
 
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int] | BadImage:
-        position = self.indices[index]
+    def __getitem__(self, index: int | tuple[int, int]) -> tuple[Tensor, int] | BadImage:
+        epoch, number = index if isinstance(index, tuple) else (None, index)
+        position = self.indices[number]
         try:
             image, target = self.base[position]
-            return self.transform(image.convert(self.mode)), target
+            image = image.convert(self.mode)
+            if epoch is None:
+                return self.transform(image), target
+            with isolate_rng(include_cuda=False) if get_worker_info() is None else contextlib.nullcontext():
+                seed = int(np.random.SeedSequence((self.seed, epoch, number)).generate_state(1)[0])
+                random.seed(seed)
+                np.random.seed(seed)  # noqa: NPY002 - the generator that timm's transforms draw from
+                torch.manual_seed(seed)
+                return self.transform(image), target
         except (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError) as error:
             samples = getattr(self.base, "samples", None)
             path = samples[position][0] if samples else f"number {position}"
             return BadImage(str(path), str(error).replace(str(path), "it"))
+
+
+class EpochSampler(DistributedSampler):
+    """DistributedSampler that says the epoch with every index."""
+
+    def __iter__(self) -> Iterator[Any]:
+        return ((self.epoch, index) for index in super().__iter__())
 
 
 @dataclass
@@ -308,15 +332,16 @@ class ImageData(pl.LightningDataModule):
             dataset.transform = transform
         else:
             base, indices = self.stages.get(stage, self.stages["val"])
-            dataset = Images(base, indices, transform, mode)
+            dataset = Images(base, indices, transform, mode, self.seed)
         if not isinstance(dataset, IterableDataset):
             if training:
-                sampler = DistributedSampler(dataset, world, rank, shuffle=True, seed=self.seed, drop_last=True)
+                order = EpochSampler if isinstance(dataset, Images) else DistributedSampler
+                sampler = order(dataset, world, rank, shuffle=True, seed=self.seed, drop_last=True)
             elif world > 1:
                 sampler = UnrepeatedDistributedSampler(dataset, world, rank, shuffle=False)
         return DataLoader(
             dataset,
-            batch_size,
+            batch_size=batch_size,
             sampler=sampler,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,

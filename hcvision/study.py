@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 
 from hcvision.connections import parse_connection
 from hcvision.data import ImageData
-from hcvision.training import ImageClassifier, keep_metrics, last_checkpoint, metrics_files, run_equipment
+from hcvision.training import ImageClassifier, equip, keep_metrics, last_checkpoint, metrics_files
 
 COLUMNS = ("variant", "seed", "top1", "top5", "val_loss", "train_loss", "parameters", "epochs", "images", "seconds")
 COLORS = ("#444444", "#d1495b", "#00798c", "#edae49", "#66a182", "#8d5b9e", "#2e4057", "#b8b8b8")
@@ -118,7 +118,7 @@ class Study:
         write_json(folder / "settings.json", self.settings)
         keep_metrics(folder)
         quiet = {"enable_model_summary": False, "num_sanity_val_steps": 0}
-        trainer = pl.Trainer(**{**quiet, **run_equipment(folder, f"{variant} seed {seed}"), **self.trainer})
+        trainer = pl.Trainer(**equip(folder, {**quiet, **self.trainer}, f"{variant} seed {seed}"))
         checkpoint = last_checkpoint(folder)
         trainer.fit(model, data, ckpt_path=checkpoint, weights_only=True)
         if trainer.interrupted:

@@ -9,7 +9,13 @@ from typing import Any
 import pytorch_lightning as pl
 import timm
 import torch
-from pytorch_lightning.callbacks import EMAWeightAveraging, LearningRateMonitor, ModelCheckpoint, TQDMProgressBar
+from pytorch_lightning.callbacks import (
+    EMAWeightAveraging,
+    LearningRateMonitor,
+    ModelCheckpoint,
+    ProgressBar,
+    TQDMProgressBar,
+)
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 from timm.data import Mixup, resolve_model_data_config
 from timm.loss import SoftTargetCrossEntropy
@@ -353,17 +359,22 @@ def keep_metrics(run: Path) -> None:
         (run / "metrics.csv").rename(run / f"metrics.{len(metrics_files(run))}.csv")
 
 
-def run_equipment(run: Path, title: str = "") -> dict[str, Any]:
-    """Loggers and callbacks that every run has, as arguments of a Trainer: all of them write into one folder."""
-    best = ModelCheckpoint(
-        dirpath=checkpoint_folder(run), filename="best", monitor="val_top1", mode="max", save_last=True,
-        enable_version_counter=False,
-    )  # fmt: skip
-    return {
-        "default_root_dir": str(run),
-        "logger": [
-            CSVLogger(str(run), name="", version=""),
-            TensorBoardLogger(str(run), name="", version="tensorboard"),
-        ],
-        "callbacks": [best, LearningRateMonitor(logging_interval="step"), Progress(title=title)],
-    }
+def equip(run: Path, trainer: dict[str, Any], title: str = "") -> dict[str, Any]:
+    """Arguments of a Trainer with what every run has: loggers and checkpoints in one folder, a progress bar.
+
+    What ``trainer`` says stands: other loggers, more callbacks, ``enable_progress_bar=False``, ...
+    """
+    arguments = {"default_root_dir": str(run), **{k: v for k, v in trainer.items() if v is not None}}
+    if trainer.get("logger") in (None, True):
+        tensorboard = TensorBoardLogger(str(run), name="", version="tensorboard")
+        arguments["logger"] = [CSVLogger(str(run), name="", version=""), tensorboard]
+    callbacks = trainer.get("callbacks") or []
+    callbacks = [*callbacks] if isinstance(callbacks, list) else [callbacks]
+    if trainer.get("enable_checkpointing") is not False:
+        best = ModelCheckpoint(checkpoint_folder(run), "best", monitor="val_top1", mode="max", save_last=True)
+        callbacks.append(best)
+    if arguments["logger"]:
+        callbacks.append(LearningRateMonitor(logging_interval="step"))
+    if trainer.get("enable_progress_bar") is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
+        callbacks.append(Progress(title=title))
+    return {**arguments, "callbacks": callbacks}

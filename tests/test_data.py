@@ -60,6 +60,30 @@ def test_order_depends_on_seed_and_epoch_alone(image_folder):
     assert order(1, 0) != order(1, 1)
 
 
+def test_augmentation_depends_on_seed_epoch_and_image_alone(image_folder):
+    def batches(workers, seed=0, epoch=1, noise=0):
+        module = ImageData(
+            root=str(image_folder), num_workers=workers, batch_size=24, seed=seed, img_size=32, re_prob=1
+        )
+        module.setup()
+        loader = module.train_dataloader()
+        loader.sampler.set_epoch(epoch)
+        out = []
+        for batch in loader:
+            torch.rand(noise), np.random.rand(noise)  # noqa: NPY002 - dropout and mixup draw as well
+            out.append(batch.images)
+        return torch.cat(out)
+
+    first = batches(0)
+    assert torch.equal(first, batches(0, noise=3))
+    assert torch.equal(first, batches(2))
+    assert not torch.equal(first.sort(0)[0], batches(0, epoch=2).sort(0)[0])
+    assert not torch.equal(first.sort(0)[0], batches(0, seed=1).sort(0)[0])
+    state = torch.get_rng_state()
+    batches(0)
+    assert torch.equal(torch.get_rng_state(), state)  # and takes nothing from the others
+
+
 @pytest.mark.parametrize("world", [2, 3])
 def test_processes_share_the_images_without_repeating_any(image_folder, world, monkeypatch):
     seen = []

@@ -45,7 +45,7 @@ def test_floors(name):
     assert name in FLOOR, f"{name}.py is on no floor"
     for module in imported(name):
         if module.split(".")[0] == "hcvision":
-            target = (module.split(".") + ["__init__"])[1]
+            target = [*module.split("."), "__init__"][1]
             assert target in FLOOR, f"{name}.py imports {module}, which is on no floor"
             assert FLOOR[target] < FLOOR[name], f"{name}.py imports {module}"
 

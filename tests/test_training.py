@@ -38,8 +38,8 @@ def fit(images, trainer_args):
 
 @pytest.mark.parametrize("connection", ["residual", "dhc2", "dfc2"])
 def test_it_learns(build, fit, connection):
-    model = build(connection=connection, lr=3e-3, weight_decay=0.0)
-    trainer = fit(model, max_epochs=15)
+    model = build(connection=connection, lr=2e-3, weight_decay=0.0, warmup_steps=10)
+    trainer = fit(model, max_epochs=4)
     assert trainer.callback_metrics["val_top1"] > 0.9
     if connection != "residual":  # the connections learned too
         moved = model.model.blocks[0].connection1.static_alpha - model.model.blocks[0].connection1.initial_weights()[0]

@@ -1,0 +1,188 @@
+"""The command line as its user meets it, most of it in processes of its own."""
+
+import csv
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+import hcvision
+from hcvision.cli import main
+
+ROOT = Path(__file__).parent.parent
+CONFIGS = sorted(ROOT.glob("configs/**/*.yaml"))
+MODEL = ("--model.model=vit_tiny_patch16_224", "--model.connection=dhc2", "--model.lr=1e-3")
+MODEL += ("--model.model_args={img_size: 32, patch_size: 8, embed_dim: 48, depth: 2, num_heads: 3}",)
+DATA = ("--data.batch_size=8", "--data.num_workers=0", "--data.no_aug=true")
+TRAINER = ("--trainer.accelerator=cpu", "--trainer.max_epochs=2", "--trainer.enable_progress_bar=false")
+
+
+@pytest.fixture
+def hcv(tmp_path):
+    """Runs train.py in an empty folder with no network."""
+
+    def run(*arguments, check=True):
+        done = subprocess.run(
+            [sys.executable, str(ROOT / "train.py"), *map(str, arguments)],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+        )
+        assert not check or done.returncode == 0, done.stderr[-3000:]
+        return done
+
+    return run
+
+
+def fit(root, run, *more):
+    return ("fit", f"--data.root={root}", f"--run={run}", *MODEL, *DATA, *TRAINER, *more)
+
+
+def metrics(run):
+    return [
+        row
+        for path in sorted(run.glob("metrics*.csv"))
+        for row in csv.DictReader(path.read_text().splitlines())
+        if row["val_loss"]
+    ]
+
+
+def test_fit_resume_validate_test_predict(hcv, image_folder, tmp_path):
+    run = tmp_path / "run"
+    assert "the run is in" in hcv(*fit(image_folder, run)).stdout
+    assert {p.name for p in run.iterdir()} >= {"config.yaml", "metrics.csv", "checkpoints", "tensorboard"}
+    before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
+
+    again = hcv(*fit(image_folder, run), check=False)
+    assert again.returncode == 2
+    assert "holds a run; --resume true goes on with it" in again.stderr
+    assert "Traceback" not in again.stderr
+    assert before == {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
+
+    resumed = hcv("fit", f"--config={run / 'config.yaml'}", "--resume=true", "--trainer.max_epochs=3")
+    assert f"resuming {run}" in resumed.stdout
+    assert {row["epoch"] for row in metrics(run)} == {"0", "1", "2"}
+
+    final = max(metrics(run), key=lambda row: int(row["epoch"]))
+    scored = hcv("validate", f"--config={run / 'config.yaml'}", "--trainer.enable_progress_bar=false")
+    assert f"{float(final['val_loss']):.4f}"[:5] in scored.stdout
+    hcv("test", f"--config={run / 'config.yaml'}", f"--ckpt_path={run / 'checkpoints' / 'best.ckpt'}")
+    hcv("predict", f"--config={run / 'config.yaml'}")
+    rows = list(csv.DictReader((run / "predictions.csv").read_text().splitlines()))
+    assert len(rows) == 39
+    right = sum(row["class"] == name for row, name in zip(rows, [n for n in CLASSES for _ in range(13)], strict=True))
+    assert right / 39 == pytest.approx(float(final["val_top1"]), abs=1e-6)
+
+
+CLASSES = ("left-out", "müller straße", "zebra")
+
+
+def test_two_processes_give_what_one_gives(hcv, image_folder, tmp_path):
+    """DDP over gloo: same images per update, same weights, each validation image once (39 is odd)."""
+    for processes in (1, 2):
+        hcv(
+            *fit(image_folder, tmp_path / f"run{processes}"),
+            f"--trainer.devices={processes}", "--trainer.strategy=ddp", f"--data.batch_size={8 // processes}",
+        )  # fmt: skip
+    one, two = metrics(tmp_path / "run1"), metrics(tmp_path / "run2")
+    for a, b in zip(one, two, strict=True):
+        assert float(a["val_top1"]) == float(b["val_top1"])
+        assert float(a["val_loss"]) == pytest.approx(float(b["val_loss"]), rel=1e-5)
+
+
+def bad_cases(image_folder, tmp_path):
+    empty, damaged = tmp_path / "empty", tmp_path / "damaged"
+    for root in (empty, damaged):
+        shutil.copytree(image_folder, root)
+    for split in ("train", "val"):
+        (empty / split / "nothing").mkdir()
+    bad = damaged / "train" / "zebra" / "003.png"
+    bad.write_bytes(bad.read_bytes()[:150])
+    yield fit(tmp_path / "nowhere", tmp_path / "r"), f"there is no folder {tmp_path / 'nowhere'}"
+    yield fit(empty, tmp_path / "r"), f"there is no image in the class folder {empty / 'train' / 'nothing'}"
+    yield fit(image_folder, tmp_path / "r", "--model.model=vit_tinny_patch16_224"), "did you mean vit_tiny_patch16_224"
+    yield fit(image_folder, tmp_path / "r", "--data.batch_size=0"), "batch_size must be at least 1, got 0"
+    yield fit(image_folder, tmp_path / "r", "--data.batchsize=4"), "did you mean --data.batch_size"
+    yield fit(image_folder, tmp_path / "r", "--resume=true"), "nothing to resume"
+    yield fit(image_folder, tmp_path / "r", "--ckpt_path=none.ckpt"), "there is no checkpoint none.ckpt"
+    yield ("fitt",), "unknown command 'fitt'; the commands: fit, validate, test, predict, compare"
+    yield ("compare", "--variants=[dhc2]"), "required"
+    yield fit(damaged, tmp_path / "damaged-run"), f"cannot read image {bad}"
+
+
+def test_bad_input_gets_one_line_and_leaves_nothing(image_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for arguments, message in bad_cases(image_folder, tmp_path):
+        with pytest.raises(SystemExit) as stop:
+            main(list(arguments))
+        stderr = capsys.readouterr().err
+        assert stop.value.code == 2, arguments
+        (line,) = [line for line in stderr.splitlines() if line.startswith("hcvision: error:")]
+        assert message in line, arguments
+        assert "Traceback" not in stderr
+    assert not (tmp_path / "r").exists()
+
+
+def test_a_run_that_failed_early_does_not_stand_in_the_way(hcv, image_folder, tmp_path):
+    damaged, run = tmp_path / "damaged", tmp_path / "run"
+    shutil.copytree(image_folder, damaged)
+    (damaged / "train" / "zebra" / "003.png").write_bytes(b"no image")
+    assert hcv(*fit(damaged, run), check=False).returncode == 2
+    done = hcv(*fit(damaged, run, "--data.skip_bad_images=true"))
+    assert f"moved to {run}.unfinished1" in done.stdout
+    assert "left out: cannot read image" in done.stderr
+    assert (run / "checkpoints" / "last.ckpt").is_file()
+
+
+def test_a_checkpoint_of_another_architecture(hcv, image_folder, tmp_path):
+    hcv(*fit(image_folder, tmp_path / "a", "--trainer.max_epochs=1"))
+    last = tmp_path / "a" / "checkpoints" / "last.ckpt"
+    done = hcv(*fit(image_folder, tmp_path / "b", f"--ckpt_path={last}", "--model.connection=dhc4"), check=False)
+    assert "another architecture: connection is 'dhc2' there and 'dhc4' here" in done.stderr
+    assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: str(path.relative_to(ROOT / "configs")))
+def test_every_config_parses_and_its_models_build(path, monkeypatch, tmp_path):
+    """Parsed by the command line itself; the models are built on the meta device."""
+    config = yaml.safe_load(path.read_text())
+    monkeypatch.chdir(tmp_path)
+    head = path.read_text().split("\n")[:12]
+    assert any("Cost:" in line for line in head)
+    assert any("xpected" in line for line in head)
+    models = []
+
+    def build(model, connection, **kwargs):
+        models.append({"model": model, "connection": connection, "model_args": kwargs})
+        raise Built
+
+    class Built(Exception):
+        pass
+
+    monkeypatch.setattr(
+        "hcvision.data.ImageData._scan_folders", lambda self: setattr(self, "class_names", ["a"] * 1000)
+    )
+    monkeypatch.setattr("hcvision.training.create_model", build)
+    if "variants" in config:
+        monkeypatch.setattr("hcvision.data.ImageData.prepare_data", lambda self: None)
+        for variant in config["variants"]:
+            with pytest.raises(Built):
+                main(["compare", f"--config={path}", f"--variants=[{variant}]", "--out=study"])
+    else:
+        with pytest.raises(Built):
+            main(["fit", f"--config={path}"])
+    for model in models:
+        with torch.device("meta"):
+            built_model = hcvision.create_model(model["model"], model["connection"], **model["model_args"])
+        assert {parameter.device.type for parameter in built_model.parameters()} == {"meta"}
+
+
+def test_usage(capsys):
+    main(["--help"])
+    assert "compare" in capsys.readouterr().out

@@ -1,0 +1,177 @@
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from hcvision import study
+from hcvision.study import Study, TensorMemory, first_difference, interleaved_ratios, read_curve, table
+
+
+@pytest.fixture
+def make(image_folder, tiny, tmp_path):
+    def build(**kwargs):
+        arguments = {
+            "out": str(tmp_path / "study"),
+            "variants": ["residual", "dhc2", "dfc2"],
+            "seeds": [0, 1],
+            "model": {"model": "vit_tiny_patch16_224", "model_args": tiny, "lr": 1e-3},
+            "data": {"root": str(image_folder), "dataset": "folder", "batch_size": 8, "num_workers": 0},
+            "trainer": {"max_epochs": 2, "accelerator": "cpu", "enable_progress_bar": False},
+            "timing_rounds": 2,
+        }
+        return Study(**{**arguments, **kwargs})
+
+    return build
+
+
+def test_a_study_runs_reports_and_is_not_run_twice(make, monkeypatch):
+    report = make().run(say=lambda _: None)
+    text = report.read_text()
+    rows = list(csv.DictReader((report.parent / "results.csv").read_text().splitlines()))
+    assert [(row["variant"], row["seed"]) for row in rows] == [
+        (variant, seed) for seed in "01" for variant in ("residual", "dhc2", "dfc2")
+    ]
+    assert all(row["epochs"] == "2" and row["images"] == "144" for row in rows)
+    parameters = {row["variant"]: int(row["parameters"]) for row in rows}
+    # 4 sub-layers: DHCx2 has E(n+2) + n(n+2) + 2, DFCx2 E + E(2m+1) + m(2m+1) + 2 of them with E = 24
+    assert parameters["dhc2"] - parameters["residual"] == 4 * (48 * 4 + 8 + 2)
+    assert parameters["dfc2"] - parameters["residual"] == 4 * (24 + 24 * 5 + 10 + 2)
+    assert "| dhc2 " in text
+    assert (report.parent / "curves.png").read_bytes().startswith(b"\x89PNG")
+    for name in ("residual", "dhc2"):
+        assert len(read_curve(report.parent / name / "seed1")["val_top1"]) == 2
+
+    monkeypatch.setattr(Study, "run_cell", lambda *_: pytest.fail("ran a finished cell again"))
+    assert make().run(say=lambda _: None).read_text() == text
+
+
+def test_variants_start_from_the_same_trunk_and_see_the_same_images(make, monkeypatch):
+    seen = {}
+
+    class Peek:
+        def __init__(self, *args, callbacks, **kwargs):
+            pass
+
+        def fit(self, model, data, **kwargs):
+            data.setup("fit")
+            images = torch.cat([batch.images for batch in data.train_dataloader()])
+            trunk = {k: v for k, v in model.state_dict().items() if "connection" not in k}
+            seen[len(seen)] = (trunk, images)
+            raise StopIteration
+
+    monkeypatch.setattr(study.pl, "Trainer", Peek)
+    for variant in ("residual", "dhc2", "dfc2"):
+        with pytest.raises(StopIteration):
+            make().run_cell(variant, 1)
+    for number in (1, 2):
+        assert torch.equal(seen[0][1], seen[number][1])
+        assert seen[0][0].keys() == seen[number][0].keys()
+        assert all(torch.equal(seen[0][0][name], seen[number][0][name]) for name in seen[0][0])
+
+
+def test_other_settings_in_the_same_folder_are_refused(make, tiny):
+    make(variants=["residual"], seeds=[0], timing_rounds=0).run(say=lambda _: None)
+    changed = make(model={"model": "vit_tiny_patch16_224", "model_args": tiny, "lr": 2e-3})
+    with pytest.raises(ValueError, match=r"residual/seed0 was run with other settings \(model.lr is 0.001 there and"):
+        changed.run()
+
+
+def test_a_killed_study_goes_on_where_it_was(make, image_folder, tmp_path):
+    """kill -9 after the first epoch; the second run resumes that cell and equals an undisturbed one."""
+    code = (
+        "import json, sys; from hcvision.study import Study; import torch; torch.set_num_threads(1);"
+        "Study(**json.loads(sys.argv[1])).run()"
+    )
+    import json
+
+    def arguments(out):
+        study = make(out=str(out), variants=["dhc2"], seeds=[3], timing_rounds=0)
+        trainer = {**study.trainer, "max_epochs": 6}
+        return json.dumps(
+            {"out": str(out), "variants": ["dhc2"], "seeds": [3], "model": study.model, "data": study.data,
+             "trainer": trainer, "timing_rounds": 0}
+        )  # fmt: skip
+
+    out = tmp_path / "killed"
+    process = subprocess.Popen([sys.executable, "-c", code, arguments(out)], stdout=subprocess.DEVNULL)
+    last = out / "dhc2" / "seed3" / "checkpoints" / "last.ckpt"
+    deadline = time.monotonic() + 120
+    while not last.exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (out / "dhc2" / "seed3" / "result.json").exists(), "it was not killed in time"
+    results = {}
+    for folder in (out, tmp_path / "undisturbed"):
+        subprocess.run([sys.executable, "-c", code, arguments(folder)], check=True, capture_output=True)
+        (results[folder.name],) = csv.DictReader((folder / "results.csv").read_text().splitlines())
+        assert len(read_curve(folder / "dhc2" / "seed3")["val_top1"]) == 6
+    for name in ("top1", "val_loss", "epochs", "images"):
+        assert results["killed"][name] == results["undisturbed"][name]
+
+
+def test_the_table_is_paired_by_seed():
+    results = [
+        {"variant": v, "seed": s, "top1": top1, "parameters": p}
+        for v, p, values in (("residual", 1000, (0.5, 0.6, 0.7)), ("dhc2", 1010, (0.52, 0.61, 0.72)))
+        for s, top1 in enumerate(values)
+    ]
+    head, _, residual, dhc = table(results, {}, ["residual", "dhc2"])
+    assert head.split("|")[1:4] == [" variant  ", " top-1 %       ", " minus residual "]
+    assert "60.00 ± 10.00" in residual
+    # differences 2, 1, 2: mean 1.667, standard deviation 0.577, standard error 0.333
+    assert "61.67 ± 10.02" in dhc
+    assert "+1.67 ± 0.33" in dhc
+    assert "1,010 (+1.00 %)" in dhc
+
+
+def test_ratios_are_of_the_same_round(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(study.time, "perf_counter", lambda: clock[0])
+    speed = [1.0]
+
+    def step(cost):
+        def run():
+            clock[0] += cost * speed[0]
+            speed[0] *= 1.01  # a machine that slows down all the time
+
+        return run
+
+    ratios = interleaved_ratios({"residual": step(1.0), "dhc2": step(1.5)}, 20, "cpu")
+    assert ratios["residual"] == 1.0
+    assert ratios["dhc2"] == pytest.approx(1.5, rel=0.02)
+
+
+def test_memory_counts_storages_once_and_while_they_live():
+    with TensorMemory() as memory:
+        a = torch.zeros(1000)  # 4000 bytes
+        b = a.view(10, 100) + 1  # and 4000 more; the view is free
+        del b
+        c = torch.zeros(500)
+        del c
+    assert memory.peak == 8000
+    assert memory.now == 4000
+
+
+def test_difference_of_settings():
+    assert first_difference({"a": {"b": 1}}, {"a": {"b": 1}}) is None
+    assert first_difference({"a": {"b": 1}}, {"a": {"b": 2}}) == "a.b is 1 there and 2 here"
+    assert first_difference({"a": {}}, {"a": {"c": 2}}) == "a.c is None there and 2 here"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"variants": []}, "variants must be one or more"),
+        ({"seeds": [1, 1]}, r"seeds must be one or more different ones, got \[1, 1\]"),
+        ({"variants": ["residual", "dhc"]}, "connection must be 'residual' or one of"),
+    ],
+)
+def test_wrong_arguments(make, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        make(**arguments)
