@@ -142,7 +142,7 @@ class WritePredictions(BasePredictionWriter):
         self.path = path
 
     def write_on_epoch_end(self, trainer: pl.Trainer, pl_module, predictions: Sequence[Any], batch_indices) -> None:
-        rank, data = trainer.global_rank, trainer.datamodule
+        rank, data = trainer.global_rank, trainer.datamodule  # type: ignore[attr-defined]
         path = self.path if trainer.world_size == 1 else self.path.with_name(f"predictions-{rank}.csv")
         path.parent.mkdir(parents=True, exist_ok=True)
         number = 0

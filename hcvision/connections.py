@@ -22,7 +22,7 @@ Letters in shapes: B batch, N tokens, S streams, V views, E stream width, K mixt
 import contextlib
 import re
 from collections.abc import Callable
-from typing import Optional, Tuple  # noqa: UP035 - TorchScript reads annotations in this form
+from typing import Any, Optional, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -112,6 +112,18 @@ class Connection(nn.Module):
         branch_input, coefficients = self.width_connection(x)
         return self.depth_connection(x, branch(branch_input), coefficients)
 
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """Names of the parameters that must not decay: it would erode A_r, which starts as I."""
+        names = ("static_alpha", "static_beta", "dynamic_alpha_scale", "dynamic_beta_scale", "norm_weight")
+        return {name for name, _ in self.named_parameters() if name in names}
+
+    def width_connection(self, x: Tensor) -> Tuple[Tensor, Any]:
+        raise NotImplementedError
+
+    def depth_connection(self, x: Tensor, branch_output: Tensor, coefficients: Any) -> Tensor:
+        raise NotImplementedError
+
 
 class Residual(Connection):
     """The residual add itself, ``x + branch(x)`` on (..., dim), without a parameter."""
@@ -121,8 +133,8 @@ class Residual(Connection):
 
     def weights(self, x: Tensor) -> Tuple[Tensor, Tensor]:
         """alpha = [[1, 1]] and beta = [1] for every token: (..., 1, 2) and (..., 1)."""
-        one = split_streams(x, 1, self.dim).new_ones(1)
-        return one.expand(x.shape[:-1] + (1, 2)), one.expand(x.shape[:-1] + (1,))
+        beta = torch.ones_like(split_streams(x, 1, self.dim)[..., 0])
+        return torch.stack([beta, beta], dim=-1), beta
 
     def width_connection(self, x: Tensor) -> Tuple[Tensor, None]:
         """The branch input is x; the add needs no coefficients."""
@@ -153,7 +165,7 @@ class StreamConnection(Connection):
     model's memory, and a matmul in bfloat16 would round them in every sub-layer.
     """
 
-    __constants__ = ["center_norm"]
+    __constants__ = ["center_norm"]  # noqa: RUF012 - TorchScript
     center_norm = True  # the dynamic weights see LayerNorm (True) or RMSNorm (False) of a stream
 
     def __init__(
@@ -176,13 +188,13 @@ class StreamConnection(Connection):
         def parameter(wanted: bool, *shape: int) -> nn.Parameter | None:
             return nn.Parameter(torch.empty(shape, device=device, dtype=dtype)) if wanted else None
 
-        self.static_alpha = parameter(True, rate, mixtures)
-        self.static_beta = parameter(True, rate)
-        self.dynamic_alpha_fn = parameter(dynamic, self.stream_dim, mixtures)
-        self.dynamic_beta_fn = parameter(dynamic, self.stream_dim, 1)
-        self.dynamic_alpha_scale = parameter(dynamic, 1)
-        self.dynamic_beta_scale = parameter(dynamic, 1)
-        self.norm_weight = parameter(dynamic and norm and not self.center_norm, self.stream_dim)
+        self.static_alpha: Any = parameter(True, rate, mixtures)
+        self.static_beta: Any = parameter(True, rate)
+        self.dynamic_alpha_fn: Any = parameter(dynamic, self.stream_dim, mixtures)
+        self.dynamic_beta_fn: Any = parameter(dynamic, self.stream_dim, 1)
+        self.dynamic_alpha_scale: Any = parameter(dynamic, 1)
+        self.dynamic_beta_scale: Any = parameter(dynamic, 1)
+        self.norm_weight: Any = parameter(dynamic and norm and not self.center_norm, self.stream_dim)
 
     def initial_weights(self) -> tuple[Tensor, Tensor]:
         """``static_alpha`` (S, V+S) and ``static_beta`` (S,) at init, float32, on the CPU."""
@@ -201,12 +213,6 @@ class StreamConnection(Connection):
             self.dynamic_beta_scale.fill_(0.01)
         if self.norm_weight is not None:
             self.norm_weight.fill_(1.0)
-
-    @torch.jit.ignore
-    def no_weight_decay(self) -> set[str]:
-        """Names of the parameters that must not decay: it would erode A_r, which starts as I."""
-        names = ("static_alpha", "static_beta", "dynamic_alpha_scale", "dynamic_beta_scale", "norm_weight")
-        return {name for name in names if getattr(self, name) is not None}
 
     def weights(self, x: Tensor) -> Tuple[Tensor, Tensor]:
         """What the connection does with x, in float32 at least.
@@ -404,7 +410,7 @@ def split_streams(x: Tensor, streams: int, stream_dim: int) -> Tensor:
 def split_output(branch_output: Tensor, x: Tensor, views: int, stream_dim: int) -> Tensor:
     """(..., V*E) -> (..., V, E). Raises ValueError when it is not shaped as the branch input was."""
     if not torch.jit.is_tracing():
-        expected = list(x.shape[:-1]) + [views * stream_dim]
+        expected = list(x.shape[:-1]) + [views * stream_dim]  # noqa: RUF005 - TorchScript
         if list(branch_output.shape) != expected:
             raise ValueError(
                 f"the branch must return the shape it was given, {expected}, got {list(branch_output.shape)}"
@@ -449,8 +455,8 @@ def width_connection(
             mixed, coefficients, _ = _read(streams, fn, static, scale, norm, center, tanh)
         else:
             with _no_autocast(streams.device.type):
-                read = _read if _plain() else _Read.apply
-                mixed, coefficients, _ = read(streams, fn, static, scale, norm, center, tanh)
+                apply = _read if _plain() else _Read.apply
+                mixed, coefficients, _ = apply(streams, fn, static, scale, norm, center, tanh)
     return mixed.flatten(-2).to(streams.dtype), coefficients
 
 
@@ -559,20 +565,20 @@ class _Read(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        streams, fn, static, scale, ctx.norm, ctx.center, ctx.tanh = inputs
+        streams, fn, _static, scale, ctx.norm, ctx.center, ctx.tanh = inputs
         ctx.save_for_backward(streams, fn, scale, *output[1:])
 
     @staticmethod
     def backward(ctx, grad_views, grad_coefficients, grad_projected):
         streams, fn, scale, coefficients, projected = ctx.saved_tensors
         streams = streams.to(fn.dtype)
-        views, tokens = grad_views.shape[-2], tuple(range(streams.dim() - 2))
+        views = grad_views.shape[-2]
         with _no_autocast(grad_views.device.type):
             grad_read = streams @ grad_views.mT
             grad = torch.cat([grad_coefficients[..., :views] + grad_read, grad_coefficients[..., views:]], dim=-1)
             dynamic = projected.tanh() if ctx.tanh else projected
-            grad_static = grad.sum(tokens)
-            grad_scale = (grad * dynamic).sum((*tokens, -2))
+            grad_static = grad.reshape(-1, *grad.shape[-2:]).sum(0)
+            grad_scale = (grad * dynamic).flatten(0, -2).sum(0)
             grad = grad * scale
             if ctx.tanh:
                 grad = grad * (1 - dynamic.square())

@@ -7,9 +7,10 @@ names of its entry and exit (``MODELS``).
 """
 
 import functools
+import inspect
 from dataclasses import dataclass, replace
 from types import FunctionType
-from typing import Any, Optional
+from typing import TYPE_CHECKING, Any, Optional, SupportsIndex
 
 import timm
 import torch
@@ -27,13 +28,17 @@ class Grafted:
 
     grafted: tuple[type, type]
 
-    def __reduce_ex__(self, protocol: int):
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any: ...
+
+    def __reduce_ex__(self, protocol: SupportsIndex):
         return _new, type(self).grafted, *super().__reduce_ex__(protocol)[2:]
 
 
 @functools.cache
-def _subclass(mixin: type, cls: type) -> type:
-    annotations = {**getattr(cls, "__annotations__", {}), **mixin.__dict__.get("__annotations__", {})}
+def _subclass(mixin: Any, cls: Any) -> Any:
+    annotations = {**getattr(cls, "__annotations__", {}), **inspect.get_annotations(mixin)}
     namespace = {
         "__module__": mixin.__module__,
         "__doc__": cls.__doc__,
@@ -57,7 +62,8 @@ def _new(mixin: type, cls: type) -> nn.Module:
 
 
 def _graft(module: nn.Module, mixin: type, **attributes: Any) -> nn.Module:
-    module.__class__ = _subclass(mixin, type(module))
+    cls: Any = type(module)
+    module.__class__ = _subclass(mixin, cls)
     for name, value in attributes.items():
         setattr(module, name, value)
     return module
@@ -91,32 +97,39 @@ class PreNormBlock(Grafted):
         return self.connection2.depth_connection(x, y, c)
 
 
+@torch.fx.wrap
+def leave_streams(feature: Tensor, rate: int, dim: int) -> Tensor:
+    """The mean over streams of a map (B, n*E, H, W) or of tokens (B, N, n*E); what has E channels has left them."""
+    axis = 1 if feature.dim() == 4 else -1
+    if rate == 1 or feature.shape[axis] != rate * dim:
+        return feature
+    return reduce_streams(feature.movedim(axis, -1), rate).movedim(-1, axis)
+
+
 class ConnectedModel(Grafted):
     """What the model itself has to know: which tensors are streams, and which parameters do not decay."""
 
     def forward_intermediates(self, *args, **kwargs):
-        features = super().forward_intermediates(*args, **kwargs)
+        features = super().forward_intermediates(*args, **kwargs)  # type: ignore[misc]
         return tree_map(self._leave, features)
 
-    def _leave(self, feature):
-        if not isinstance(feature, Tensor) or self.connection_rate == 1:
-            return feature
-        axis = 1 if feature.dim() == 4 else -1  # NCHW, or tokens (B, N, C)
-        if feature.shape[axis] != self.connection_rate * self.embed_dim:
-            return feature  # the final norm has left the streams already
-        return reduce_streams(feature.movedim(axis, -1), self.connection_rate).movedim(-1, axis)
+    def _leave(self, feature: Any) -> Any:
+        traceable: Any = (Tensor, torch.fx.Proxy)
+        return (
+            leave_streams(feature, self.connection_rate, self.embed_dim) if isinstance(feature, traceable) else feature
+        )
 
     def prune_intermediate_layers(self, *args, **kwargs):
-        kept = super().prune_intermediate_layers(*args, **kwargs)
+        kept = super().prune_intermediate_layers(*args, **kwargs)  # type: ignore[misc]
         _attach_exit(self)
         return kept
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        names = set(super().no_weight_decay())
+        names = set(super().no_weight_decay())  # type: ignore[misc]
         for prefix, module in self.named_modules():
             if isinstance(module, Connection):
-                names |= {f"{prefix}.{name}" for name in module.no_weight_decay()}
+                names.update(f"{prefix}.{name}" for name in module.no_weight_decay())
         return names
 
 
@@ -129,7 +142,7 @@ class Family:
     exit: str
 
 
-BLOCKS: dict[type, type] = {
+BLOCKS: dict[type, Any] = {
     timm_vit.Block: PreNormBlock,
 }
 
@@ -138,7 +151,7 @@ MODELS: dict[type, Family] = {
 }
 
 
-def convert(model: nn.Module, connection: str, **options) -> nn.Module:
+def convert(model: Any, connection: str, **options) -> nn.Module:
     """Put connections where a timm transformer has residual adds, in place.
 
     At their initial values the connections are the residual adds: the outputs stay what they were
@@ -174,7 +187,8 @@ def convert(model: nn.Module, connection: str, **options) -> nn.Module:
             known = ", ".join(cls.__name__ for cls in BLOCKS)
             raise ValueError(f"cannot convert blocks of class {type(block).__name__}; the classes that work: {known}")
 
-    layer_index, grafts = 0, []
+    layer_index = 0
+    grafts: list[tuple[nn.Module, Any, dict[str, Connection]]] = []
     for block in blocks:
         mixin = BLOCKS[type(block)]
         like = next(block.parameters())
@@ -194,7 +208,7 @@ def convert(model: nn.Module, connection: str, **options) -> nn.Module:
     return model
 
 
-def _attach_exit(model: nn.Module) -> None:
+def _attach_exit(model: Any) -> None:
     norm = model.get_submodule(MODELS[type(model).grafted[1]].exit)
     if model.connection_rate > 1 and not isinstance(norm, Exit):
         _graft(norm, Exit, rate=model.connection_rate)
@@ -217,6 +231,8 @@ def register(base: str, connection: str) -> str:
     name = f"{base}_{connection}"
     if timm.is_model(name):
         return name
+    if not timm.is_model(base):
+        raise RuntimeError(f"Unknown model ({base})")
     base_entrypoint = timm.model_entrypoint(base)
 
     def entrypoint(pretrained: bool = False, **kwargs) -> nn.Module:
@@ -233,14 +249,15 @@ def register(base: str, connection: str) -> str:
 
     entrypoint.__name__ = entrypoint.__qualname__ = name
     entrypoint.__doc__ = f"{base} with {connection} in place of its residual adds."
-    cfg = replace(timm.get_pretrained_cfg(base), tag=None, architecture=name)
+    base_cfg: Any = timm.get_pretrained_cfg(base)
+    cfg = replace(base_cfg, tag=None, architecture=name)
     cfg = replace(cfg, url="", file=None, hf_hub_id=None, custom_load=False, origin_url=None)
     default_cfgs.update(timm.models.generate_default_cfgs({name: cfg}))
     register_model(entrypoint)
     return name
 
 
-def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
     """timm's filter; into a residual checkpoint it puts the model's own initial connection parameters.
 
     Raises:
@@ -278,8 +295,9 @@ def create_model(name: str, connection: str | None = None, *, pretrained: bool =
     """
     if connection is None or parse_connection(connection)[0] == "residual":
         return timm.create_model(name, pretrained=pretrained, **kwargs)
-    base, _, tag = name.partition(".")
+    base = name.partition(".")[0]
     twin = register(base, connection)
     if pretrained and "pretrained_cfg" not in kwargs:
-        kwargs["pretrained_cfg"] = replace(timm.get_pretrained_cfg(name), architecture=twin)
+        cfg: Any = timm.get_pretrained_cfg(name)
+        kwargs["pretrained_cfg"] = replace(cfg, architecture=twin)
     return timm.create_model(twin, pretrained=pretrained, **kwargs)

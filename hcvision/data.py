@@ -194,10 +194,10 @@ class ImageData(pl.LightningDataModule):
         self.splits = {"train": train_split, "val": val_split, "test": test_split}
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size or batch_size
         self.num_workers = min(8, len(os.sched_getaffinity(0))) if num_workers is None else num_workers
-        self.view = {
+        self.view: dict[str, Any] = {
             "img_size": img_size, "mean": mean, "std": std, "interpolation": interpolation, "crop_pct": crop_pct
         }  # fmt: skip
-        self.augmentation = {
+        self.augmentation: dict[str, Any] = {
             "scale": tuple(scale), "ratio": tuple(ratio), "hflip": hflip, "color_jitter": color_jitter,
             "auto_augment": auto_augment, "re_prob": re_prob, "re_mode": "pixel", "no_aug": no_aug,
         }  # fmt: skip
@@ -206,6 +206,7 @@ class ImageData(pl.LightningDataModule):
         self.stages: dict[str, tuple[Any, Sequence[int]]] = {}
         self.warned: set[str] = set()
 
+        self.num_classes: int
         self.is_timm = dataset.startswith(TIMM_PREFIXES)
         if dataset == "folder":
             self._scan_folders()
@@ -317,7 +318,7 @@ class ImageData(pl.LightningDataModule):
         batch_size = self.batch_size if training else self.eval_batch_size
         trainer = self.trainer
         world, rank = (trainer.world_size, trainer.global_rank) if trainer else (1, 0)
-        dataset: Dataset
+        dataset: Any
         sampler: DistributedSampler | None = None
         if self.is_timm:
             dataset = create_dataset(

@@ -182,7 +182,7 @@ class ImageClassifier(pl.LightningModule):
         """Class probabilities, (B, num_classes)."""
         return self(batch[0]).float().softmax(-1)
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> Any:
         hparams = self.hparams
         optimizer = create_optimizer_v2(
             self.model,
@@ -235,7 +235,7 @@ class ImageClassifier(pl.LightningModule):
         given = set(state)
         state = checkpoint_filter_fn(state, self.model)
         own = self.model.state_dict()
-        head = self.model.pretrained_cfg["classifier"]
+        head: Any = self.model.pretrained_cfg["classifier"]  # type: ignore[index]
         heads = tuple(f"{name}." for name in ([head] if isinstance(head, str) else head or []))
         for name in [n for n in state if n.startswith(heads) and n in own and own[n].shape != state[n].shape]:
             del state[name]
@@ -310,7 +310,7 @@ class Progress(TQDMProgressBar):
         self.images += len(batch[0]) * trainer.world_size
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
-    def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, int | str | float]:
+    def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
         metrics = super().get_metrics(trainer, pl_module)
         metrics.pop("v_num", None)
         if "val_top1" in trainer.callback_metrics:

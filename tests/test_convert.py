@@ -572,6 +572,12 @@ def test_convert_in_place(mode):
     assert {module.training for module in model.modules()} == {mode}
 
 
+def last_block_unsupported():
+    model = vit()
+    model.blocks[-1] = ResPostBlock(48, 3)
+    return model
+
+
 @pytest.mark.parametrize(
     ("build", "connection", "message"),
     [
@@ -583,6 +589,7 @@ def test_convert_in_place(mode):
         (lambda: vit("sfc2"), "residual", r"VisionTransformer has connections already \(sfc2\)"),
         (lambda: timm.create_model("resnet18", num_classes=2), "dhc2", "cannot convert a ResNet; .*VisionTransformer"),
         (lambda: vit(block_fn=ResPostBlock), "dhc2", "cannot convert blocks of class ResPostBlock; .* Block"),
+        (last_block_unsupported, "dhc2", "cannot convert blocks of class ResPostBlock"),
         (lambda: torch.nn.Linear(2, 2), "dhc2", "cannot convert a Linear"),
     ],
 )

@@ -178,15 +178,15 @@ def test_wrong_arguments(image_folder, arguments, message):
 
 
 def test_wrong_folders(image_folder, tmp_path):
-    with pytest.raises(FileNotFoundError, match="there is no folder .*nowhere"):
+    with pytest.raises(FileNotFoundError, match=r"there is no folder .*nowhere"):
         ImageData(root=str(tmp_path / "nowhere"))
-    with pytest.raises(FileNotFoundError, match="there is no folder .*/train; .* must hold train/ and val/"):
+    with pytest.raises(FileNotFoundError, match=r"there is no folder .*/train; .* must hold train/ and val/"):
         ImageData(root=str(tmp_path))
     root = tmp_path / "empty"
     shutil.copytree(image_folder, root)
     (root / "train" / "aardvark").mkdir()
     (root / "val" / "aardvark").mkdir()
-    with pytest.raises(ValueError, match="no image in the class folder .*train/aardvark"):
+    with pytest.raises(ValueError, match=r"no image in the class folder .*train/aardvark"):
         ImageData(root=str(root))
     (root / "train" / "aardvark").rmdir()
     shutil.copytree(root / "val" / "zebra", root / "val" / "aardvark", dirs_exist_ok=True)

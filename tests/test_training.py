@@ -183,7 +183,7 @@ def test_init_from_takes_weights_and_resizes_the_head(build, fit, tiny, tmp_path
     again = build(connection="dhc2", init_from=str(tmp_path / "run.ckpt"))
     for (name, a), b in zip(model.model.state_dict().items(), again.model.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
-    with pytest.raises(ValueError, match="are of another architecture: .*blocks.1"):
+    with pytest.raises(ValueError, match=r"are of another architecture: .*blocks\.1"):
         build(model_args={**tiny, "depth": 1}, init_from=str(tmp_path / "w.pth"))
     with pytest.raises(FileNotFoundError, match="there is no file"):
         build(init_from="nowhere.pth")
