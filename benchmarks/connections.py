@@ -5,16 +5,16 @@
     python benchmarks/connections.py --device cuda --dtype bfloat16 --batch 128
 
 What: one step (forward and backward) of 12 timm blocks of width 384 with 6 heads on 8 x 197 tokens,
-eager, against the same trunk with residual adds. Entry, exit and final norm are part of the step.
-``dhc2`` is this library; ``textbook-dhc2`` is the papers' formula written down with matmul and
-autograd; ``peer-dhc2`` is the package hyper-connections wrapped around the same branches.
+entry, exit and final norm included, eager, against the same trunk with residual adds. ``dhc2`` is
+this library; ``textbook-dhc2`` the papers' formula, written down with matmul and autograd;
+``peer-dhc2`` the package hyper-connections around the same branches, with an RMSNorm.
 
 How: first the library's output and gradients are held against the textbook in float64, with random
-connection parameters; where they differ the script says so and exits with 1. Then all variants take
-turns in one process, one step each per round, in an order that changes from round to round. A
-variant's ratio is its time over that of the residual step of the same round; the table has the
-quartiles of the ratios. Saved activations are the bytes that autograd keeps for backward, parameters
-aside: they do not depend on the machine. CUDA adds milliseconds and the peak memory of a step.
+connection parameters; where they differ the script says so and exits with 1. Then the variants take
+turns in one process, a step each per round, in an order that changes. A ratio is a step's time over
+that of the residual step of the same round; the table has their quartiles. Saved activations are the
+bytes that autograd keeps for backward, parameters aside: the same on every machine. CUDA adds
+milliseconds and the peak memory of a step.
 
 Expected, with the default settings:
 """
@@ -102,23 +102,18 @@ def library_trunk(model: VisionTransformer) -> nn.Module:
     return nn.Sequential(model.norm_pre, model.blocks, model.norm)
 
 
-def peer_trunk(model: VisionTransformer, name: str) -> nn.Module:
-    """The trunk of a residual model with the package hyper-connections around its branches."""
+def build_trunk(variant: str, model: VisionTransformer) -> nn.Module:
+    """``residual``, ``dhc2``, ``textbook-dhc2`` or ``peer-dhc2`` around copies of the model's weights."""
+    form, _, name = variant.rpartition("-")
+    model = copy.deepcopy(model)
+    if form != "peer":
+        converted = convert(copy.deepcopy(model), name)
+        return Textbook(model, converted) if form == "textbook" else library_trunk(converted)
     kind, rate = parse_connection(name)
     rates = {"num_streams": rate} if kind == "dhc" else {"num_streams": 1, "num_fracs": rate}
     connect, enter, leave = peer.get_init_and_expand_reduce_stream_functions(dim=model.embed_dim, **rates)
     sublayers = [connect(branch=branch, layer_index=k) for k, branch in enumerate(branches(model))]
     return nn.Sequential(model.norm_pre, enter, *sublayers, leave, model.norm)
-
-
-def build_trunk(variant: str, model: VisionTransformer) -> nn.Module:
-    """``residual``, ``dhc2``, ``textbook-dhc2`` or ``peer-dhc2`` around copies of the model's weights."""
-    form, _, name = variant.rpartition("-")
-    model = copy.deepcopy(model)
-    if form == "peer":
-        return peer_trunk(model, name)
-    converted = convert(copy.deepcopy(model), name)
-    return Textbook(model, converted) if form == "textbook" else library_trunk(converted)
 
 
 def check_values(name: str, size: Size) -> float:
@@ -135,7 +130,6 @@ def check_values(name: str, size: Size) -> float:
             parameter.add_(0.3 * torch.randn_like(parameter))
     tokens = torch.randn(size.batch, size.tokens, size.dim, dtype=torch.float64, requires_grad=True)
     direction = torch.randn_like(tokens)
-
     outputs = library_trunk(converted)(tokens), textbook(tokens)
     ours, theirs = ((y, *torch.autograd.grad(y, [tokens, *parameters], direction)) for y in outputs)
     return torch.stack([(a - b).abs().max() / b.abs().max() for a, b in zip(ours, theirs, strict=True)]).max().item()
@@ -170,7 +164,7 @@ def step(trunk: nn.Module, tokens: Tensor, direction: Tensor) -> tuple[float, in
     start.record()
     trunk(tokens).backward(direction)
     end.record()
-    torch.cuda.synchronize()
+    end.synchronize()
     return start.elapsed_time(end) / 1e3, torch.cuda.max_memory_allocated() - before
 
 
@@ -178,7 +172,7 @@ def measure(variants: list[str], rounds: int, size: Size, device: str, dtype: to
     """One row per variant, the residual first."""
     model = build_model(size)
     trunks = {variant: build_trunk(variant, model).to(device, dtype) for variant in ("residual", *variants)}
-    tokens, direction = torch.randn(2, size.batch, size.tokens, size.dim).to(device, dtype)
+    tokens, direction = (torch.randn(size.batch, size.tokens, size.dim).to(device, dtype) for _ in range(2))
     tokens.requires_grad_()
     saved = {variant: saved_bytes(trunk, tokens) for variant, trunk in trunks.items()}
     parameters = {variant: sum(p.numel() for p in trunk.parameters()) for variant, trunk in trunks.items()}
@@ -198,7 +192,8 @@ def measure(variants: list[str], rounds: int, size: Size, device: str, dtype: to
         ratios = [s / r for (s, _), (r, _) in zip(steps[variant], steps["residual"], strict=True)]
         low, median, high = statistics.quantiles(ratios, n=4, method="inclusive") if rounds > 1 else ratios * 3
         row = {"variant": variant, "time": median, "low": low, "high": high}
-        row |= {"saved": saved[variant] / saved["residual"], "parameters": parameters[variant] - parameters["residual"]}
+        row["saved"] = saved[variant] / saved["residual"]
+        row["parameters"] = parameters[variant] - parameters["residual"]
         if device == "cuda":
             row["ms"] = statistics.median(s for s, _ in steps[variant]) * 1e3
             row["peak_mib"] = max(peak for _, peak in steps[variant]) / 2**20
@@ -208,12 +203,11 @@ def measure(variants: list[str], rounds: int, size: Size, device: str, dtype: to
 
 def table(rows: list[dict[str, Any]]) -> str:
     cuda = "ms" in rows[0]
-    lines = [f"{'variant':<15}{'step time':>10}   {'quartiles':<12}{'saved activations':>18}{'extra parameters':>18}"]
+    lines = [f"{'variant':<14}{'step time':>10}   {'quartiles':<12}{'saved activations':>18}{'extra parameters':>18}"]
     lines[0] += f"{'ms':>10}{'peak MiB':>10}" if cuda else ""
     for row in rows:
-        line = f"{row['variant']:<15}{row['time']:>9.2f}x   {row['low']:.2f} - {row['high']:.2f} "
-        line += f"{row['saved']:>17.2f}x{row['parameters']:>18,}"
-        lines.append(line + (f"{row['ms']:>10.2f}{row['peak_mib']:>10.0f}" if cuda else ""))
+        line = "{variant:<14}{time:>9.2f}x   {low:.2f} - {high:.2f} {saved:>17.2f}x{parameters:>18,}".format(**row)
+        lines.append(line + ("{ms:>10.2f}{peak_mib:>10.0f}".format(**row) if cuda else ""))
     return "\n".join(lines)
 
 

@@ -131,3 +131,17 @@ def test_options(name):
         for c in (block.connection1, block.connection2):
             assert (c.tanh, c.norm) == (False, False)
             assert not hyper or c.arrangement == "parallel"
+
+
+@pytest.mark.parametrize("connection", ["dhc2", "sfc2"])
+def test_out_indices(connection):
+    """out_indices as timm's ViTs take it: the last three by default, and harmless without features_only."""
+    base, kwargs = "vit_tiny_patch16_224", TINY | {"depth": 4}
+    for given in ({}, {"out_indices": (0, 3)}):
+        plain, ours = (
+            timm.create_model(name, features_only=True, **given, **kwargs) for name in (base, f"{base}_{connection}")
+        )
+        assert ours.feature_info.out_indices == plain.feature_info.out_indices
+        assert ours.feature_info.channels() == plain.feature_info.channels()
+        assert ours.feature_info.reduction() == plain.feature_info.reduction()
+    assert timm.create_model(f"{base}_{connection}", out_indices=(0, 3), **kwargs).num_classes == 10
