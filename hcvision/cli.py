@@ -214,8 +214,7 @@ def quieten() -> None:
 
 def keep_freed_memory() -> None:
     """Have glibc keep what it frees: a step on a CPU would get its tensors as fresh pages again and again."""
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if hasattr(libc, "mallopt"):
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
         libc.mallopt(-3, 32 * 2**20)  # M_MMAP_THRESHOLD, at the largest that it takes
 
