@@ -79,7 +79,7 @@ def reduce_streams(x: Tensor, rate: int) -> Tensor:
     The paper takes the sum (HC alg. 2). The final norm that follows makes the two equal up to its
     eps, and only the mean makes a converted pretrained model exactly itself.
     """
-    return x.unflatten(-1, (rate, -1)).mean(-2)
+    return average_streams(x, rate)
 
 
 class Connection(nn.Module):
@@ -391,6 +391,16 @@ def check_count(name: str, value: int, least: int) -> None:
 
 # The rule as functions of tensors. Torch FX takes each as one node; TorchScript, torch.compile and
 # torch.export see the plain operations.
+
+
+@torch.fx.wrap
+def average_streams(x: Tensor, rate: int) -> Tensor:
+    """(..., n*E) -> (..., E), in float32 at least, in the dtype of x."""
+    parts = x.unflatten(-1, (rate, -1)).to(torch.promote_types(x.dtype, torch.float32)).unbind(-2)
+    while len(parts) > 1:  # in pairs: 2, 4 or 8 equal streams add up without rounding
+        last = parts[len(parts) // 2 * 2 :]
+        parts = [parts[i] + parts[i + 1] for i in range(0, len(parts) - 1, 2)] + list(last)
+    return (parts[0] / rate).to(x.dtype)
 
 
 @torch.fx.wrap
