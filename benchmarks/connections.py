@@ -15,8 +15,6 @@ turns in one process, a step each per round, in an order that changes. A ratio i
 that of the residual step of the same round; the table has their quartiles. Saved activations are the
 bytes that autograd keeps for backward, parameters aside: the same on every machine. CUDA adds
 milliseconds and the peak memory of a step.
-
-Expected, with the default settings:
 """
 
 import argparse
