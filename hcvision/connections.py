@@ -600,7 +600,7 @@ class _Read(torch.autograd.Function):
                 along = -rstd.square() * (grad * projected).sum(-1, keepdim=True) / fn.shape[0]
                 grad = grad * rstd
                 grad_streams.addcmul_(streams, along)
-            grad_fn = streams.flatten(0, -2).mT @ grad.flatten(0, -2)
+            grad_fn = (grad.flatten(0, -2).mT @ streams.flatten(0, -2)).mT  # K rows again
             if ctx.center:  # one more column takes along * (H - mean) instead of along * H
                 grad = torch.cat([grad, -along * mean], dim=-1)
                 back = torch.cat([back, back.new_ones(1, back.shape[1])])
