@@ -70,7 +70,7 @@ def build_connection(name: str, dim: int, layer_index: int = 0, **options) -> "C
 
 def expand_streams(x: Tensor, rate: int) -> Tensor:
     """Enter the streams: n copies of x side by side (HC alg. 2). (..., E) -> (..., n*E)."""
-    return torch.cat([x] * rate, dim=-1)
+    return torch.cat([x] * rate, dim=-1) if rate > 1 else x
 
 
 def reduce_streams(x: Tensor, rate: int) -> Tensor:
@@ -79,7 +79,7 @@ def reduce_streams(x: Tensor, rate: int) -> Tensor:
     The paper takes the sum (HC alg. 2). The final norm that follows makes the two equal up to its
     eps, and only the mean makes a converted pretrained model exactly itself.
     """
-    return average_streams(x, rate)
+    return average_streams(x, rate) if rate > 1 else x
 
 
 class Connection(nn.Module):
@@ -503,9 +503,20 @@ def _mix(streams: Tensor, alpha: Tensor, output: Optional[Tensor], beta: Optiona
     else:
         mixed = alpha[..., 0, :, None] * streams[..., 0, None, :]
         first = 1
+    if torch.jit.is_scripting():
+        pass
+    else:
+        mixed = _laid_out_like(streams, mixed)
     for i in range(first, streams.shape[-2]):
         mixed.addcmul_(alpha[..., i, :, None], streams[..., i, None, :])
     return mixed
+
+
+def _laid_out_like(streams: Tensor, mixed: Tensor) -> Tensor:
+    """Keep the memory layout of x, as ``x + branch(x)`` does: what follows may round by it."""
+    if _plain() or mixed.shape != streams.shape or mixed.stride() == streams.stride():
+        return mixed
+    return torch.empty_like(streams, dtype=mixed.dtype).copy_(mixed)
 
 
 def _inverse_deviation(streams: Tensor, center: bool) -> Tuple[Tensor, Tensor]:

@@ -2,35 +2,48 @@
 
 ``convert`` swaps the classes of a model and of its blocks for subclasses that only differ in what
 stands where the residual adds were: no module is moved, so the keys of the state dict, hooks,
-``isinstance`` and the weights stay, and a family costs one block forward here (``BLOCKS``) and the
-names of its entry and exit (``MODELS``).
+``isinstance`` and the weights stay. What each block adds, and where a model keeps its blocks, is in
+``hcvision.families``.
 """
 
+import copy
 import functools
 import inspect
-from dataclasses import dataclass, replace
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from types import FunctionType
-from typing import TYPE_CHECKING, Any, Optional, SupportsIndex
+from typing import TYPE_CHECKING, Any, SupportsIndex
 
 import timm
 import torch
-from timm.models import build_model_with_cfg, register_model
-from timm.models import vision_transformer as timm_vit
-from timm.models._features import FeatureGetterNet
+from timm.models import (
+    build_model_with_cfg,
+    load_model_config_from_hf,
+    load_state_dict,
+    parse_model_name,
+    register_model,
+    resolve_pretrained_cfg,
+)
+from timm.models._features import FeatureGetterNet, feature_take_indices
+from timm.models._hub import load_model_config_from_path
+from timm.models.cait import Cait
+from timm.models.hiera import Hiera
+from timm.models.xcit import Xcit
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from hcvision.connections import Connection, build_connection, expand_streams, parse_connection, reduce_streams
+from hcvision.connections import Connection, build_connection, parse_connection, reduce_streams
+from hcvision.families import BLOCKS, MODELS, ConnectedBlock, Family
+
+Blocks = slice | str | Iterable[int] | Callable[[int, nn.Module], bool] | None
 
 
 class Grafted:
-    """In front of a module's own class. Pickled and copied by the pair (mixin, class) it was made of."""
+    """Between a mixin and a module's own class. Pickled and copied by that pair."""
 
     grafted: tuple[type, type]
-
-    if TYPE_CHECKING:
-
-        def __getattr__(self, name: str) -> Any: ...
 
     def __reduce_ex__(self, protocol: SupportsIndex):
         return _new, type(self).grafted, *super().__reduce_ex__(protocol)[2:]
@@ -44,9 +57,11 @@ def _subclass(mixin: Any, cls: Any) -> Any:
         "__doc__": cls.__doc__,
         "__annotations__": annotations,
         "grafted": (mixin, cls),
-        "base_forward": _renamed(cls.forward, "base_forward"),
     }
-    return type(f"Connected{cls.__name__}", (mixin, cls), namespace)
+    for name in ("forward", "forward_cls"):
+        if hasattr(cls, name):
+            namespace[f"base_{name}"] = _renamed(getattr(cls, name), f"base_{name}")
+    return type(f"Connected{cls.__name__}", (mixin, Grafted, cls), namespace)
 
 
 def _renamed(function: FunctionType, name: str) -> FunctionType:
@@ -61,157 +76,358 @@ def _new(mixin: type, cls: type) -> nn.Module:
     return subclass.__new__(subclass)
 
 
-def _graft(module: nn.Module, mixin: type, **attributes: Any) -> nn.Module:
+def _graft(module: nn.Module, mixin: type, **attributes: Any) -> None:
     cls: Any = type(module)
     module.__class__ = _subclass(mixin, cls)
     for name, value in attributes.items():
         setattr(module, name, value)
-    return module
 
 
-class Entry(Grafted):
-    """The last module before the blocks: what comes out of it enters the streams."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return expand_streams(self.base_forward(x), self.rate)
-
-
-class Exit(Grafted):
-    """The final norm: it sees the mean of the streams."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.base_forward(reduce_streams(x, self.rate))
+def _ungraft(module: Any, *attributes: str) -> None:
+    module.__class__ = own_class(module)
+    for name in attributes:
+        delattr(module, name)
 
 
-class PreNormBlock(Grafted):
-    """timm.models.vision_transformer.Block."""
-
-    sublayers = 2
-
-    def forward(self, x: Tensor, attn_mask: Optional[Tensor] = None, is_causal: bool = False) -> Tensor:
-        y, c = self.connection1.width_connection(x)
-        y = self.drop_path1(self.ls1(self.attn(self.norm1(y), attn_mask=attn_mask, is_causal=is_causal)))
-        x = self.connection1.depth_connection(x, y, c)
-        y, c = self.connection2.width_connection(x)
-        y = self.drop_path2(self.ls2(self.mlp(self.norm2(y))))
-        return self.connection2.depth_connection(x, y, c)
+def own_class(module: nn.Module) -> type:
+    """The class that timm gave the module."""
+    return type(module).grafted[1] if isinstance(module, Grafted) else type(module)
 
 
 @torch.fx.wrap
-def leave_streams(feature: Tensor, rate: int, dim: int) -> Tensor:
-    """The mean over streams of a map (B, n*E, H, W) or of tokens (B, N, n*E); what has E channels has left them."""
-    axis = 1 if feature.dim() == 4 else -1
-    if rate == 1 or feature.shape[axis] != rate * dim:
+def leave_streams(feature: Tensor, dim: int) -> Tensor:
+    """The mean over streams of a map (B, n*E, H, W) or of tokens (..., n*E); what has E channels has left them."""
+    axis = 1 if feature.dim() == 4 and feature.shape[1] >= dim else -1
+    rate = feature.shape[axis] // dim
+    if rate <= 1:
         return feature
     return reduce_streams(feature.movedim(axis, -1), rate).movedim(-1, axis)
 
 
-class ConnectedModel(Grafted):
+class Exit:
+    """The module behind the last block: it sees the mean of the streams, however many come out of the blocks."""
+
+    stream_dim: int
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any: ...
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base_forward(leave_streams(x, self.stream_dim))
+
+
+class ConnectedModel:
     """What the model itself has to know: which tensors are streams, and which parameters do not decay."""
+
+    connection: str  # the name, or several joined by +
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any: ...
 
     def forward_intermediates(self, *args, **kwargs):
         features = super().forward_intermediates(*args, **kwargs)  # type: ignore[misc]
-        return tree_map(self._leave, features)
-
-    def _leave(self, feature: Any) -> Any:
+        if not _family(self).is_tapped:  # type: ignore[arg-type]
+            return features
+        dim = self.embed_dim
         traceable: Any = (Tensor, torch.fx.Proxy)
-        return (
-            leave_streams(feature, self.connection_rate, self.embed_dim) if isinstance(feature, traceable) else feature
-        )
+        return tree_map(lambda part: leave_streams(part, dim) if isinstance(part, traceable) else part, features)
 
     def prune_intermediate_layers(self, *args, **kwargs):
         kept = super().prune_intermediate_layers(*args, **kwargs)  # type: ignore[misc]
-        _attach_exit(self)
+        _place_borders(self)
         return kept
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        names = set(super().no_weight_decay())  # type: ignore[misc]
+        names = set(getattr(super(), "no_weight_decay", set)())
         for prefix, module in self.named_modules():
             if isinstance(module, Connection):
                 names.update(f"{prefix}.{name}" for name in module.no_weight_decay())
         return names
 
 
-@dataclass(frozen=True)
-class Family:
-    """Where a model class keeps its blocks, and the modules just before and after them."""
+class ClassAttentionModel(ConnectedModel):
+    """CaiT, XCiT: behind the blocks the class token attends to x."""
 
-    blocks: str
-    entry: str
-    exit: str
+    def forward_cls(self, x: Tensor) -> Tensor:
+        return self.base_forward_cls(leave_streams(x, self.embed_dim))
 
 
-BLOCKS: dict[type, Any] = {
-    timm_vit.Block: PreNormBlock,
-}
+class HieraModel(ConnectedModel):
+    """Hiera taps blocks inside its stages too (``coarse=False``)."""
 
-MODELS: dict[type, Family] = {
-    timm_vit.VisionTransformer: Family("blocks", entry="norm_pre", exit="norm"),
-}
+    def forward_intermediates(self, *args, **kwargs):
+        features = super().forward_intermediates(*args, **kwargs)
+        call = inspect.signature(Hiera.forward_intermediates).bind(self, *args, **kwargs)
+        call.apply_defaults()
+        if call.arguments["coarse"]:
+            return features
+        taken, _ = feature_take_indices(len(self.blocks), call.arguments["indices"])
+        taps = features if call.arguments["intermediates_only"] else features[1]
+        for k, block in enumerate(taken):
+            tap = taps[k].movedim(1, -1) if call.arguments["output_fmt"] == "NCHW" else taps[k]
+            tap = reduce_streams(tap, tap.shape[-1] // self.blocks[block].dim_out)
+            taps[k] = tap.movedim(-1, 1) if call.arguments["output_fmt"] == "NCHW" else tap
+        return features
 
 
-def convert(model: Any, connection: str, **options) -> nn.Module:
-    """Put connections where a timm transformer has residual adds, in place.
+MIXINS: dict[type, type[ConnectedModel]] = {Cait: ClassAttentionModel, Hiera: HieraModel, Xcit: ClassAttentionModel}
+
+
+# Which blocks a model has
+
+
+def _columns(model: Any, family: Family) -> list[list[Any]]:
+    """The blocks of a model, in order, by container."""
+    containers: list[nn.Module] = [model]
+    for part in family.blocks.split("."):
+        containers = [
+            child
+            for container in containers
+            for child in (container.children() if part == "*" else [container.get_submodule(part)])
+        ]
+    return [list(_flat(container)) for container in containers]
+
+
+def _flat(container: nn.Module) -> Iterator[nn.Module]:
+    for child in container.children():
+        if isinstance(child, nn.Sequential):
+            yield from _flat(child)
+        else:
+            yield child
+
+
+def _family(model: nn.Module) -> Family:
+    family = MODELS.get(own_class(model))
+    if family is None:
+        raise ValueError(f"cannot convert a {own_class(model).__name__}{_blocks_of(model)}; {_what_works()}")
+    return family
+
+
+def _blocks_of(model: nn.Module) -> str:
+    """What an unknown model is made of: the classes in its longest container of modules."""
+    containers = [m for m in model.modules() if isinstance(m, nn.Sequential | nn.ModuleList) and len(m) > 1]
+    if not containers:
+        return ""
+    ((block, _),) = Counter(type(child).__name__ for child in max(containers, key=len)).most_common(1)
+    return f" with blocks of class {block}"
+
+
+def _what_works() -> str:
+    return f"the families that work: {', '.join(families())}"
+
+
+def families() -> list[str]:
+    """The modules of ``timm.models`` whose models ``convert`` takes."""
+    return sorted({cls.__module__.rpartition(".")[2] for cls in MODELS})
+
+
+def _mixin(block: nn.Module) -> type[ConnectedBlock]:
+    mixin = BLOCKS.get(own_class(block))
+    if mixin is None:
+        known = ", ".join(sorted({cls.__name__ for cls in BLOCKS}))
+        raise ValueError(f"cannot convert blocks of class {own_class(block).__name__}; the classes that work: {known}")
+    return mixin
+
+
+def _chosen(blocks: Blocks, candidates: list[Any]) -> list[int]:
+    """The indices of the blocks that the caller means, of those that can have connections."""
+    count = len(candidates)
+    if isinstance(blocks, str):  # "6:", as configs and hub folders spell a slice
+        parts = blocks.split(":")
+        if len(parts) not in (2, 3) or any(part and not part.lstrip("-").isdigit() for part in parts):
+            raise ValueError(f"blocks must look like '6:', ':6' or '::2', got {blocks!r}")
+        blocks = slice(*(int(part) if part else None for part in parts))
+    if blocks is None:
+        chosen = list(range(count))
+    elif isinstance(blocks, slice):
+        chosen = list(range(count))[blocks]
+    elif callable(blocks):
+        chosen = [i for i, block in enumerate(candidates) if blocks(i, block)]
+    else:
+        chosen = list(blocks)
+        for i in chosen:
+            if not isinstance(i, int) or not -count <= i < count:
+                raise ValueError(f"blocks must be indices below {count}, the number of blocks, got {i!r}")
+        chosen = sorted({i % count for i in chosen})
+    able = [i for i in chosen if not _mixin(candidates[i]).why_not(candidates[i])]
+    if not able:
+        reasons = {f": {_mixin(candidates[i]).why_not(candidates[i])}" for i in chosen} or {""}
+        raise ValueError(
+            f"blocks={blocks!r} chooses none of the {count} blocks that can have connections{reasons.pop()}"
+        )
+    return able
+
+
+def convert(model: Any, connection: str, *, blocks: Blocks = None, **options) -> nn.Module:
+    """Put connections where a timm model has residual adds, in place.
 
     At their initial values the connections are the residual adds: the outputs stay what they were
-    (FC to the bit, HC too, up to the rounding of a mean over n equal numbers).
+    (FC to the bit, HC too, up to the rounding of a mean over n equal numbers). HC streams are entered
+    before the first block of a run of converted blocks and left, by their mean, behind its last one;
+    a hierarchical model has a run per stage.
 
     Args:
-        model: a timm model, or its ``features_only`` wrapper.
-        connection: ``dhc2``, ``sfc4``, ...; ``residual`` leaves the model as it is.
+        model: a timm model, or its ``features_only`` wrapper. Weights stay where they are.
+        connection: ``dhc2``, ``sfc4``, ...; ``residual`` takes connections away again.
+        blocks: which blocks, counted from 0 over the whole model: a slice, the same as text (``"6:"``),
+            indices, or a function of index and block; None for all that can have connections. Call
+            again for other blocks with another connection.
         **options: options of ``build_connection``: ``tanh``, ``norm``, ``arrangement``.
 
     Returns:
         The same model object.
 
     Raises:
-        ValueError: an unknown connection, a model that has connections already, a model or block
-            class that is not supported, a dim that the frac rate does not divide.
+        ValueError: an unknown connection, a model or block class that is not supported, no such block, a
+            block that has a connection already, a dim that the frac rate does not divide; for ``residual``,
+            a connection that has left its initial values.
+        TypeError: an option that the connection does not have.
     """
-    kind, rate = parse_connection(connection)
+    kind, _ = parse_connection(connection)
     if isinstance(model, FeatureGetterNet):
-        convert(model.model, connection, **options)
+        convert(model.model, connection, blocks=blocks, **options)
         return model
-    if isinstance(model, ConnectedModel):
-        raise ValueError(f"{type(model).grafted[1].__name__} has connections already ({model.connection})")
+    candidates = [block for column in _columns(model, _family(model)) for block in column]
     if kind == "residual":
+        if isinstance(model, ConnectedModel):
+            _take_away(model, candidates, blocks)
         return model
-    family = MODELS.get(type(model))
-    if family is None:
-        known = ", ".join(cls.__name__ for cls in MODELS)
-        raise ValueError(f"cannot convert a {type(model).__name__}; the model classes that work: {known}")
-    blocks = list(model.get_submodule(family.blocks))
-    for block in blocks:
-        if type(block) not in BLOCKS:
-            known = ", ".join(cls.__name__ for cls in BLOCKS)
-            raise ValueError(f"cannot convert blocks of class {type(block).__name__}; the classes that work: {known}")
 
-    layer_index = 0
-    grafts: list[tuple[nn.Module, Any, dict[str, Connection]]] = []
-    for block in blocks:
-        mixin = BLOCKS[type(block)]
+    grafts: list[tuple[Any, dict[str, Any]]] = []
+    first = [0]  # the number of the first sub-layer of each block
+    for block in candidates:
+        first.append(first[-1] + _mixin(block).adds)
+    for i in _chosen(blocks, candidates):
+        block, mixin = candidates[i], _mixin(candidates[i])
+        if isinstance(block, ConnectedBlock):
+            raise ValueError(f"block {i} of this {own_class(model).__name__} has a connection already ({_name(block)})")
         like = next(block.parameters())
-        connections = {}
-        for number in range(1, mixin.sublayers + 1):
-            connections[f"connection{number}"] = build_connection(
-                connection, model.embed_dim, layer_index, device=like.device, dtype=like.dtype, **options
+        new: dict[str, Any] = {"channels_first": mixin.is_channels_first(block), "entry_rate": 1, "exit_rate": 1}
+        for k in range(mixin.adds):
+            new[f"connection{k + 1}"] = build_connection(
+                connection, mixin.dim(block), first[i] + k, device=like.device, dtype=like.dtype, **options
             ).train(block.training)
-            layer_index += 1
-        grafts.append((block, mixin, connections))
-    for block, mixin, connections in grafts:  # only now that nothing can fail
-        _graft(block, mixin, **connections)
-    _graft(model, ConnectedModel, connection=connection, connection_rate=rate if kind.endswith("hc") else 1)
-    if model.connection_rate > 1:
-        _graft(model.get_submodule(family.entry), Entry, rate=rate)
-    _attach_exit(model)
+        grafts.append((block, new))
+    for block, attributes in grafts:  # only now that nothing can fail
+        _graft(block, _mixin(block), **attributes)
+    if not isinstance(model, ConnectedModel):
+        architecture = getattr(model, "pretrained_cfg", {}).get("architecture", "")
+        _graft(model, MIXINS.get(type(model), ConnectedModel), residual_architecture=architecture)
+    _place_borders(model)
+    _label(model)
     return model
 
 
-def _attach_exit(model: Any) -> None:
-    norm = model.get_submodule(MODELS[type(model).grafted[1]].exit)
-    if model.connection_rate > 1 and not isinstance(norm, Exit):
-        _graft(norm, Exit, rate=model.connection_rate)
+def _take_away(model: Any, candidates: list[Any], blocks: Blocks) -> None:
+    chosen = [candidates[i] for i in _chosen(blocks, candidates) if isinstance(candidates[i], ConnectedBlock)]
+    for block in chosen:
+        for name, module in block.named_children():
+            if isinstance(module, Connection) and not _is_residual(module):
+                raise ValueError(
+                    f"{name} of a {own_class(block).__name__} is no residual add any more: it has left its initial "
+                    "values, and taking it away would change the model"
+                )
+    for block in chosen:
+        connections = [name for name, module in block.named_children() if isinstance(module, Connection)]
+        _ungraft(block, "channels_first", "entry_rate", "exit_rate", *connections)
+    _place_borders(model)
+    if not any(isinstance(block, ConnectedBlock) for block in candidates):
+        family = _family(model)
+        if family.exit and isinstance(model.get_submodule(family.exit), Exit):
+            _ungraft(model.get_submodule(family.exit), "stream_dim")
+    _label(model)
+    if not any(isinstance(block, ConnectedBlock) for block in candidates):
+        _ungraft(model, "connection", "residual_architecture")
+
+
+def _is_residual(connection: Any) -> bool:
+    """Whether every parameter has its initial value, and that is the residual add."""
+    if getattr(connection, "arrangement", "sequential") != "sequential":
+        return False
+    initial = copy.deepcopy(connection)
+    initial.reset_parameters()
+    return all(
+        ours.is_meta or torch.equal(ours, theirs)
+        for ours, theirs in zip(connection.parameters(), initial.parameters(), strict=True)
+    )
+
+
+def _place_borders(model: Any) -> None:
+    """Say where streams are entered and left, for the connections that the blocks have now."""
+    family = _family(model)
+    breaks = set(family.breaks(model))
+    for column in _columns(model, family):
+        carried = [_carried(block) for block in column]
+        for i, block in enumerate(column):
+            if not isinstance(block, ConnectedBlock):
+                continue
+            rate = carried[i][0]
+            goes_on = i + 1 < len(column) and carried[i + 1] == carried[i] and i + 1 not in breaks
+            left_behind = i + 1 == len(column) and family.exit
+            block.entry_rate = 1 if i > 0 and carried[i - 1] == carried[i] and i not in breaks else rate
+            block.exit_rate = 1 if goes_on or left_behind else rate
+        if family.exit and any(rate > 1 for rate, _ in carried):
+            norm = model.get_submodule(family.exit)
+            if not isinstance(norm, Exit):
+                _graft(norm, Exit, stream_dim=model.embed_dim)
+
+
+def _carried(block: Any) -> tuple[int, int]:
+    """How many streams of what width dim a block leaves on x; (1, 0) for a block without connections."""
+    if not isinstance(block, ConnectedBlock):
+        return 1, 0
+    connection = block.connection1  # type: ignore[attr-defined]
+    return connection.width // connection.dim, connection.dim
+
+
+def _name(block: Any) -> str:
+    """The name of a block's connections."""
+    connection = block.connection1
+    kind = f"{'d' if connection.dynamic else 's'}{'hc' if connection.views == 1 else 'fc'}"
+    return f"{kind}{connection.rate}"
+
+
+OPTIONS = {"tanh": True, "norm": True, "arrangement": "sequential"}
+
+
+def _steps(model: Any) -> list[dict[str, Any]]:
+    """The calls of ``convert`` that make the connections that a model has."""
+    blocks = [block for column in _columns(model, _family(model)) for block in column]
+    steps: list[dict[str, Any]] = []
+    for i, block in enumerate(blocks):
+        if isinstance(block, ConnectedBlock):
+            connection: Any = block.connection1  # type: ignore[attr-defined]
+            options = {key: getattr(connection, key, default) for key, default in OPTIONS.items()}
+            step = {"connection": _name(block)} | {k: v for k, v in options.items() if v != OPTIONS[k]}
+            for known in steps:
+                if {**known, "blocks": None} == {**step, "blocks": None}:
+                    known["blocks"].append(i)
+                    break
+            else:
+                steps.append({**step, "blocks": [i]})
+    if len(steps) == 1 and steps[0]["blocks"] == [i for i, b in enumerate(blocks) if not _mixin(b).why_not(b)]:
+        del steps[0]["blocks"]
+    return steps
+
+
+def _label(model: Any) -> None:
+    """Write the connections into the model: the attribute ``connection``, and what timm saves for the hub."""
+    steps = _steps(model)
+    model.connection = "+".join(dict.fromkeys(step["connection"] for step in steps)) or "residual"
+    if model.residual_architecture:
+        name = "_".join([model.residual_architecture, *(step["connection"] for step in steps[:1])])
+        model.pretrained_cfg = model.default_cfg = {**model.pretrained_cfg, "architecture": name}
+    arguments = {f"connection_{key}": value for step in steps[:1] for key, value in step.items() if key != "connection"}
+    if steps[1:]:
+        arguments["connection_more"] = steps[1:]
+    kept = {key: value for key, value in getattr(model, "_model_args", {}).items() if not key.startswith("connection_")}
+    model._model_args = kept | arguments
+
+
+# Names
 
 
 default_cfgs: dict[str, Any] = {}
@@ -220,8 +436,9 @@ default_cfgs: dict[str, Any] = {}
 def register(base: str, connection: str) -> str:
     """Register ``<base>_<connection>`` with timm, unless it is there, and return that name.
 
-    The new entrypoint takes what the one of ``base`` takes, and the connection's options as
-    ``connection_tanh``, ``connection_norm`` and ``connection_arrangement``.
+    The new entrypoint takes what the one of ``base`` takes, and ``connection_blocks``,
+    ``connection_tanh``, ``connection_norm``, ``connection_arrangement`` for ``convert``.
+    ``connection_more`` is a list of further calls of ``convert``, each a dict of its arguments.
 
     Raises:
         ValueError: an unknown connection.
@@ -235,16 +452,32 @@ def register(base: str, connection: str) -> str:
         raise RuntimeError(f"Unknown model ({base})")
     base_entrypoint = timm.model_entrypoint(base)
 
-    def entrypoint(pretrained: bool = False, **kwargs) -> nn.Module:
-        prefix = "connection_"
-        options = {key.removeprefix(prefix): kwargs.pop(key) for key in list(kwargs) if key.startswith(prefix)}
+    def entrypoint(pretrained: bool = False, pretrained_cfg=None, pretrained_cfg_overlay=None, **kwargs) -> nn.Module:
+        options = {key: kwargs.pop(key) for key in list(kwargs) if key.startswith("connection_")}
+        more = options.pop("connection_more", ())
+        cfg: Any = resolve_pretrained_cfg(name, pretrained_cfg, pretrained_cfg_overlay)
+        own = pretrained and _has_connections(cfg, name)
+        feature_cfg: dict[str, Any] = {"feature_cls": "getter"}
+        out_indices = kwargs.pop("out_indices", None)
 
         def build(**model_kwargs) -> nn.Module:
-            return convert(base_entrypoint(pretrained=False, **model_kwargs), connection, **options)
+            # A residual checkpoint is loaded by timm's own entrypoint, as if we were not there.
+            model = base_entrypoint(pretrained=pretrained and not own, pretrained_cfg=cfg, **model_kwargs)
+            convert(model, connection, **{key.removeprefix("connection_"): value for key, value in options.items()})
+            for step in more:
+                convert(model, **step)
+            default = 3 if _family(model).is_tapped else len(model.feature_info)  # the last three blocks, or all stages
+            feature_cfg["out_indices"] = out_indices or default
+            return model
 
-        feature_cfg = {"out_indices": kwargs.pop("out_indices", 3), "feature_cls": "getter"}
         return build_model_with_cfg(
-            build, name, pretrained, pretrained_filter_fn=checkpoint_filter_fn, feature_cfg=feature_cfg, **kwargs
+            build,
+            name,
+            own,
+            pretrained_cfg=cfg,
+            pretrained_filter_fn=checkpoint_filter_fn,
+            feature_cfg=feature_cfg,
+            **kwargs,
         )
 
     entrypoint.__name__ = entrypoint.__qualname__ = name
@@ -257,47 +490,96 @@ def register(base: str, connection: str) -> str:
     return name
 
 
+def _has_connections(cfg: Any, name: str) -> bool:
+    """Whether a checkpoint was written by the model of that name, and not by its residual twin."""
+    if cfg.source in ("local-dir", "hf-hub"):  # its config.json says
+        return cfg.architecture == name
+    if cfg.state_dict or (cfg.file and not cfg.custom_load):
+        return any(".connection1." in key for key in cfg.state_dict or load_state_dict(cfg.file))
+    return False
+
+
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
     """timm's filter; into a residual checkpoint it puts the model's own initial connection parameters.
 
     Raises:
         RuntimeError: the checkpoint holds some of the model's connection parameters, but not all.
     """
-    state_dict = timm_vit.checkpoint_filter_fn(state_dict, model)
     own = {
         f"{prefix}.{name}": value
         for prefix, module in model.named_modules()
         if isinstance(module, Connection)
         for name, value in module.state_dict().items()
     }
+    trunk = {name: value for name, value in state_dict.items() if name not in own}
+    timm_filter = getattr(sys.modules[own_class(model).__module__], "checkpoint_filter_fn", None)
+    if timm_filter is not None:
+        trunk = timm_filter(trunk, model)
     missing = [name for name in own if name not in state_dict]
     if missing and len(missing) < len(own):
         raise RuntimeError(
             f"the checkpoint has {len(own) - len(missing)} of {len(own)} connection parameters; "
             f"missing: {', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}"
         )
-    return {**own, **state_dict}
+    return {**trunk, **{name: state_dict.get(name, value) for name, value in own.items()}}
 
 
 def create_model(name: str, connection: str | None = None, *, pretrained: bool = False, **kwargs) -> nn.Module:
-    """``timm.create_model`` with one argument more.
+    """``timm.create_model`` with one argument more, for every architecture that ``convert`` takes.
 
     Args:
-        name: a timm name, with or without a pretrained tag.
-        connection: ``dhc3``, ``sfc2``, ...; None or ``residual`` gives the timm model itself.
-        pretrained: load the weights of ``name``; connections start at their initial values.
-        **kwargs: everything ``timm.create_model`` takes, and ``connection_tanh``,
-            ``connection_norm``, ``connection_arrangement``.
+        name: a timm name, with or without a pretrained tag, or ``local-dir:`` and ``hf-hub:`` with what
+            ``timm.models.save_for_hf`` or ``push_to_hf_hub`` wrote for a model with or without connections.
+        connection: ``dhc3``, ``sfc2``, ...; None or ``residual`` gives the timm model itself, or the model
+            that the folder holds.
+        pretrained: load the weights of ``name``; connections start at their initial values, unless the
+            folder brings them.
+        **kwargs: everything ``timm.create_model`` takes, and ``connection_blocks``,
+            ``connection_tanh``, ``connection_norm``, ``connection_arrangement`` for ``convert``.
 
     Raises:
         ValueError: an unknown connection, or a model that cannot be converted.
         RuntimeError: an unknown model.
     """
-    if connection is None or parse_connection(connection)[0] == "residual":
+    residual = connection is None or parse_connection(connection)[0] == "residual"
+    source, place = parse_model_name(name)
+    if source is None:
+        if residual:
+            return timm.create_model(name, pretrained=pretrained, **kwargs)
+        base = name.partition(".")[0]
+        twin = register(base, connection)  # type: ignore[arg-type]
+        if pretrained and "pretrained_cfg" not in kwargs:
+            cfg: Any = timm.get_pretrained_cfg(name)
+            kwargs["pretrained_cfg"] = replace(cfg, architecture=twin)
+        return timm.create_model(twin, pretrained=pretrained, **kwargs)
+    load_config = load_model_config_from_path if source == "local-dir" else load_model_config_from_hf
+    _, saved, _ = load_config(place)
+    base, _, suffix = saved.rpartition("_")
+    if not timm.is_model(saved) and timm.is_model(base):
+        register(base, suffix)
+    if residual:
         return timm.create_model(name, pretrained=pretrained, **kwargs)
-    base = name.partition(".")[0]
-    twin = register(base, connection)
-    if pretrained and "pretrained_cfg" not in kwargs:
-        cfg: Any = timm.get_pretrained_cfg(name)
-        kwargs["pretrained_cfg"] = replace(cfg, architecture=twin)
-    return timm.create_model(twin, pretrained=pretrained, **kwargs)
+    options = {
+        key.removeprefix("connection_"): kwargs.pop(key) for key in list(kwargs) if key.startswith("connection_")
+    }
+    return convert(timm.create_model(name, pretrained=pretrained, **kwargs), connection, **options)  # type: ignore[arg-type]
+
+
+def coverage(pattern: str = "") -> Iterator[tuple[str, str, str]]:
+    """Try every timm name that matches, on the meta device.
+
+    Yields:
+        The name, its module in ``timm.models``, and why it cannot be converted, or nothing.
+    """
+    ours = set(default_cfgs)
+    for name in timm.list_models(pattern):
+        if name not in ours:
+            module = timm.model_entrypoint(name).__module__.rpartition(".")[2]
+            try:
+                convert(timm.create_model(name, device="meta"), "dhc2")
+                reason = ""
+            except ValueError as error:
+                reason = str(error).partition(";")[0]
+            except (TypeError, NotImplementedError, RuntimeError) as error:
+                reason = f"timm does not build it on the meta device: {error}".partition("\n")[0]
+            yield name, module, reason

@@ -10,7 +10,7 @@ import pytest
 import timm
 import torch
 from timm.models._features import FeatureGetterNet
-from timm.models.vision_transformer import ResPostBlock, VisionTransformer
+from timm.models.vision_transformer import DiffParallelScalingBlock, VisionTransformer
 from timm.optim import create_optimizer_v2
 from torch.nn import functional as F
 
@@ -574,8 +574,13 @@ def test_convert_in_place(mode):
 
 def last_block_unsupported():
     model = vit()
-    model.blocks[-1] = ResPostBlock(48, 3)
+    model.blocks[-1] = DiffParallelScalingBlock(48, 3)
     return model
+
+
+def used(connection):
+    """Its connections have left their initial values."""
+    return randomize(vit(connection))
 
 
 @pytest.mark.parametrize(
@@ -584,12 +589,20 @@ def last_block_unsupported():
         (vit, "dhc", "connection must be 'residual' or one of"),
         (vit, "nope2", "got 'nope2'"),
         (vit, "dfc5", "got dim=48 and rate=5"),
-        (lambda: vit("dhc2"), "dhc2", r"VisionTransformer has connections already \(dhc2\)"),
-        (lambda: vit("sfc2"), "dhc4", r"VisionTransformer has connections already \(sfc2\)"),
-        (lambda: vit("sfc2"), "residual", r"VisionTransformer has connections already \(sfc2\)"),
-        (lambda: timm.create_model("resnet18", num_classes=2), "dhc2", "cannot convert a ResNet; .*VisionTransformer"),
-        (lambda: vit(block_fn=ResPostBlock), "dhc2", "cannot convert blocks of class ResPostBlock; .* Block"),
-        (last_block_unsupported, "dhc2", "cannot convert blocks of class ResPostBlock"),
+        (lambda: vit("dhc2"), "dhc2", r"block 0 of this VisionTransformer has a connection already \(dhc2\)"),
+        (lambda: vit("sfc2"), "dhc4", r"block 0 of this VisionTransformer has a connection already \(sfc2\)"),
+        (lambda: used("sfc2"), "residual", "connection1 of a Block is no residual add any more"),
+        (
+            lambda: convert(vit(), "shc2", arrangement="parallel"),
+            "residual",
+            "connection1 of a Block is no residual add any more",
+        ),
+        (
+            lambda: timm.create_model("resnet18", num_classes=2),
+            "dhc2",
+            "cannot convert a ResNet with blocks of class .*; the families that work: beit, .*vision_transformer",
+        ),
+        (last_block_unsupported, "dhc2", "cannot convert blocks of class DiffParallelScalingBlock; .* Block"),
         (lambda: torch.nn.Linear(2, 2), "dhc2", "cannot convert a Linear"),
     ],
 )
@@ -617,7 +630,7 @@ def test_convert_option_errors():
 
 def test_convert_twice_features_only():
     net = convert(timm.create_model(BASE, features_only=True, **TINY), "dhc2")
-    with pytest.raises(ValueError, match="has connections already"):
+    with pytest.raises(ValueError, match="has a connection already"):
         convert(net, "dhc2")
 
 

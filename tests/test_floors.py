@@ -12,6 +12,7 @@ PACKAGE = Path(__file__).parent.parent / "hcvision"
 FLOORS = (
     {"kernels"},
     {"connections"},
+    {"families"},
     {"convert"},
     {"vit", "dit"},
     {"__init__"},  # the public names; who imports the package itself stands above them
