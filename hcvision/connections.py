@@ -615,5 +615,6 @@ class _Read(torch.autograd.Function):
             if ctx.center:  # one more column takes along * (H - mean) instead of along * H
                 grad = torch.cat([grad, -along * mean], dim=-1)
                 back = torch.cat([back, back.new_ones(1, back.shape[1])])
+            grad_streams = grad_streams.contiguous()
             grad_streams.view(-1, back.shape[1]).addmm_(grad.flatten(0, -2), back)
         return grad_streams, grad_fn, grad_static, grad_scale, None, None, None
