@@ -10,6 +10,7 @@ from hcvision.connections import (
     reduce_streams,
 )
 from hcvision.convert import convert, create_model
+from hcvision.dit import NAMES as dit_names
 from hcvision.vit import NAMES as vit_names
 
 __version__ = "0.1.0"
@@ -21,6 +22,7 @@ __all__ = [
     "build_connection",
     "convert",
     "create_model",
+    "dit_names",
     "expand_streams",
     "reduce_streams",
     "vit_names",

@@ -1,4 +1,4 @@
-"""The command line: ``hcvision fit | validate | test | predict | compare``, each with ``--help``."""
+"""The command line: ``hcvision fit | validate | test | predict | compare | coverage``, each with ``--help``."""
 
 import argparse
 import csv
@@ -9,15 +9,19 @@ import os
 import re
 import sys
 import warnings
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 import pytorch_lightning as pl
+import timm
 from jsonargparse import ActionConfigFile, ArgumentParser
 from pytorch_lightning.callbacks import BasePredictionWriter
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
+from tqdm import tqdm
 
+from hcvision.convert import coverage
 from hcvision.data import ImageData
 from hcvision.study import Study
 from hcvision.training import ImageClassifier, equip, keep_metrics, last_checkpoint, read_checkpoint
@@ -30,11 +34,12 @@ usage: hcvision COMMAND [--config FILE] [options]
   test       score a checkpoint on the test images
   predict    write the classes of the test images to predictions.csv
   compare    train variants beside their residual twin and report
+  coverage   count the timm architectures that take connections, and say why the others do not
 
 `hcvision COMMAND --help` lists the options; configs/ holds complete configurations."""
 
 
-COMMANDS = ("fit", "validate", "test", "predict", "compare")
+COMMANDS = ("fit", "validate", "test", "predict", "compare", "coverage")
 
 
 class OneLineErrors:
@@ -200,6 +205,36 @@ def compare(arguments: list[str]) -> None:
     print(f"\n{report.read_text()}\nreport: {report}")
 
 
+def count_coverage(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="hcvision coverage",
+        description="Build every timm architecture on the meta device and convert it: which work, why not the others.",
+    )
+    parser.add_argument("pattern", nargs="?", default="", help="only names that match, such as 'vit_*'")
+    parser.add_argument("--names", action="store_true", help="list every name")
+    options = parser.parse_args(arguments)
+    total = len(timm.list_models(options.pattern))
+    works: Counter[str] = Counter()
+    reasons: defaultdict[str, list[str]] = defaultdict(list)
+    for name, module, reason in tqdm(coverage(options.pattern), total=total, disable=None, leave=False):
+        if reason:
+            reasons[reason].append(name)
+        else:
+            works[module] += 1
+        if options.names:
+            tqdm.write(f"{'no ' if reason else 'yes'} {name}{f': {reason}' if reason else ''}")
+    yes, no = sum(works.values()), sum(map(len, reasons.values()))
+    if not yes + no:
+        raise ValueError(f"no timm name matches {options.pattern!r}")
+    print(f"{yes} of {yes + no} timm names take connections\n")
+    for module, count in works.most_common():
+        print(f"{count:5} {module}")
+    if reasons:
+        print("\nthe others:\n")
+    for reason, names in sorted(reasons.items(), key=lambda item: -len(item[1])):
+        print(f"{len(names):5} {reason} ({', '.join(names[:2])}{', ...' if len(names) > 2 else ''})")
+
+
 def quieten() -> None:
     """Hush what says nothing to somebody who trains."""
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
@@ -231,6 +266,8 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         if arguments[0] == "compare":
             compare(arguments[1:])
+        elif arguments[0] == "coverage":
+            count_coverage(arguments[1:])
         else:
             CommandLine(
                 ImageClassifier,

@@ -53,8 +53,8 @@ class ConnectedBlock:
     parameters of the block, in the order in which they appear::
 
         x = expand_streams(x, self.entry_rate)
-        y, c = self.connection1.width_connection(x)
-        x = self.connection1.depth_connection(x, self.branch1(y, rope), c)
+        view, coefficients = self.connection1.width_connection(x)
+        x = self.connection1.depth_connection(x, self.branch1(view, rope), coefficients)
         ...                                                     # branch2, ...
         return reduce_streams(x, self.exit_rate)
 
@@ -106,11 +106,11 @@ def _compose(mixin: type[ConnectedBlock]) -> Callable:
     for k in range(1, mixin.adds + 1):
         own = list(inspect.signature(getattr(mixin, f"branch{k}")).parameters.values())[2:]
         extras.update((parameter.name, parameter) for parameter in own)
-        arguments = ", ".join(["y", *(parameter.name for parameter in own)])
+        arguments = ", ".join(["view", *(parameter.name for parameter in own)])
         streams = f"self.carry{k}(x)" if hasattr(mixin, f"carry{k}") else "x"
         lines += [
-            f"    y, c = self.connection{k}.width_connection(x)",
-            f"    x = self.connection{k}.depth_connection({streams}, self.branch{k}({arguments}), c)",
+            f"    view, coefficients = self.connection{k}.width_connection(x)",
+            f"    x = self.connection{k}.depth_connection({streams}, self.branch{k}({arguments}), coefficients)",
         ]
     lines += [
         "    x = reduce_streams(x, self.exit_rate)",

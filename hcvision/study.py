@@ -27,7 +27,19 @@ from hcvision.connections import parse_connection
 from hcvision.data import ImageData
 from hcvision.training import ImageClassifier, equip, keep_metrics, last_checkpoint, metrics_files
 
-COLUMNS = ("variant", "seed", "top1", "top5", "val_loss", "train_loss", "parameters", "epochs", "images", "seconds")
+COLUMNS = (
+    "variant",
+    "seed",
+    "start_top1",
+    "top1",
+    "top5",
+    "val_loss",
+    "train_loss",
+    "parameters",
+    "epochs",
+    "images",
+    "seconds",
+)
 COLORS = ("#444444", "#d1495b", "#00798c", "#edae49", "#66a182", "#8d5b9e", "#2e4057", "#b8b8b8")
 
 
@@ -120,6 +132,7 @@ class Study:
         quiet = {"enable_model_summary": False, "num_sanity_val_steps": 0}
         trainer = pl.Trainer(**equip(folder, {**quiet, **self.trainer}, f"{variant} seed {seed}"))
         checkpoint = last_checkpoint(folder)
+        start = self.score_start(folder / "start.json", model, data)
         trainer.fit(model, data, ckpt_path=checkpoint, weights_only=True)
         if trainer.interrupted:
             raise KeyboardInterrupt
@@ -129,6 +142,7 @@ class Study:
         result = {
             "variant": variant,
             "seed": seed,
+            "start_top1": start,
             "top1": metrics["val_top1"],
             "top5": metrics.get("val_top5"),
             "val_loss": metrics["val_loss"],
@@ -140,6 +154,16 @@ class Study:
         }
         write_json(folder / "result.json", result)
         return result
+
+    def score_start(self, path: Path, model: ImageClassifier, data: ImageData) -> float | None:
+        """Top-1 before the first step, for weights that come from somewhere (``init_from``, ``pretrained``)."""
+        if not (self.model.get("init_from") or self.model.get("pretrained")):
+            return None
+        if not path.is_file():
+            quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+            trainer = pl.Trainer(**{**self.trainer, **quiet, "enable_model_summary": False, "inference_mode": False})
+            write_json(path, float(trainer.validate(model, data, verbose=False)[0]["val_top1"]))
+        return json.loads(path.read_text())
 
     def costs(self, say: Callable[[str], None]) -> dict[str, dict[str, float]]:
         """Per variant the time of a training step and its peak of memory, as ratios to the first variant."""
@@ -193,6 +217,9 @@ def table(results: list[dict[str, Any]], costs: dict[str, dict[str, float]], var
     top1 = {v: {r["seed"]: 100 * r["top1"] for r in results if r["variant"] == v} for v in variants}
     parameters = {r["variant"]: r["parameters"] for r in results}
     first = variants[0]
+    starts = {
+        v: [100 * r["start_top1"] for r in results if r["variant"] == v and r.get("start_top1")] for v in variants
+    }
     header = ["variant", "top-1 %", f"minus {first}", "parameters"]
     header += ["step time", "memory"] if costs else []
     rows = []
@@ -208,7 +235,11 @@ def table(results: list[dict[str, Any]], costs: dict[str, dict[str, float]], var
             row[3] += f" (+{100 * (parameters[variant] / parameters[first] - 1):.2f} %)"
         if costs:
             row += [f"{costs[variant]['time']:.2f} x", f"{costs[variant]['memory']:.2f} x"]
+        if any(starts.values()):
+            row.insert(1, f"{statistics.mean(starts[variant]):.2f}")
         rows.append(row)
+    if any(starts.values()):
+        header.insert(1, "at start %")
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
     cells = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in [header, *rows]]
     cells.insert(1, ["-" * width for width in widths])

@@ -27,7 +27,9 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
+from hcvision.connections import Connection
 from hcvision.convert import checkpoint_filter_fn, create_model
+from hcvision.dit import DiT
 
 SCHEDULES = ("cosine", "tanh", "poly", "step", "multistep", "wsd", "constant")
 
@@ -48,6 +50,8 @@ class ImageClassifier(pl.LightningModule):
         weight_decay: of matrices; biases, norms and the static parameters of connections do not decay.
         opt_args: more arguments of the optimizer: betas, eps, ...
         layer_decay: factor of the learning rate from one layer to the one below.
+        connection_lr_factor: factor of the learning rate of connections; a pretrained trunk wants a small
+            rate, connections that start as residual adds a larger one.
         sched: schedule, by timm's name, stepped after every update.
         warmup_steps: updates of linear warm-up before the schedule.
         warmup_epochs: the same in epochs.
@@ -78,6 +82,7 @@ class ImageClassifier(pl.LightningModule):
         weight_decay: float = 0.05,
         opt_args: dict[str, Any] | None = None,
         layer_decay: float | None = None,
+        connection_lr_factor: float = 1.0,
         sched: str = "cosine",
         warmup_steps: int = 0,
         warmup_epochs: float = 0.0,
@@ -97,12 +102,16 @@ class ImageClassifier(pl.LightningModule):
         check_name("sched", sched, SCHEDULES)
         if warmup_steps and warmup_epochs:
             raise ValueError(f"give warmup_steps or warmup_epochs, got both ({warmup_steps} and {warmup_epochs})")
+        if connection_lr_factor <= 0:
+            raise ValueError(f"connection_lr_factor must be positive, got {connection_lr_factor}")
         if init_from is not None and not Path(init_from).is_file():
             raise FileNotFoundError(f"there is no file {init_from} to take weights from")
         self.save_hyperparameters()
         self.model = create_model(
             model, connection, pretrained=pretrained, num_classes=num_classes, **(model_args or {})
         )
+        if isinstance(self.model, DiT):
+            raise ValueError(f"{model} is a diffusion model, which classifies nothing; vit_* and the like do")
         # the pretrained weights' view of images, at the size and channels this model was built for
         self.data_config = resolve_model_data_config(self.model)
         self.data_config["input_size"] = get_model_input_config(self.model)["input_size"]
@@ -193,6 +202,8 @@ class ImageClassifier(pl.LightningModule):
             fallback_list=("*connection?.*",),  # muon and its like choose by shape; all our matrices are Adam's
             **(hparams["opt_args"] or {}),
         )
+        if hparams["connection_lr_factor"] != 1:
+            scale_connections(optimizer, self.model, hparams["connection_lr_factor"])
         updates = int(self.trainer.estimated_stepping_batches)
         epochs = self.trainer.max_epochs or 1
         per_epoch = max(updates / max(epochs, 1), 1.0)
@@ -257,6 +268,18 @@ class ImageClassifier(pl.LightningModule):
         difference = compare_states(self.state_dict(), checkpoint["state_dict"])
         if difference:
             raise ValueError(f"the checkpoint is of another architecture: {difference}")
+
+
+def scale_connections(optimizer: torch.optim.Optimizer, model: nn.Module, factor: float) -> None:
+    """Give the parameters of connections groups of their own, whose ``lr_scale`` timm's schedules apply."""
+    own = {id(p) for module in model.modules() if isinstance(module, Connection) for p in module.parameters()}
+    for group in list(optimizer.param_groups):
+        parameters = group["params"]
+        group["params"] = [p for p in parameters if id(p) not in own]
+        apart = [p for p in parameters if id(p) in own]
+        if apart:
+            optimizer.add_param_group({**group, "params": apart, "lr_scale": group.get("lr_scale", 1.0) * factor})
+    optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
 
 
 def compare_states(own: dict[str, Tensor], state: dict[str, Tensor], ignore: tuple[str, ...] = ()) -> str | None:

@@ -80,6 +80,18 @@ def test_fit_resume_validate_test_predict(hcv, image_folder, tmp_path):
     assert right / 39 == pytest.approx(float(final["val_top1"]), abs=1e-6)
 
 
+def test_coverage(capsys):
+    """Counts by family and by reason; our own names are not timm's."""
+    main(["coverage", "*vit_tiny*_224"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "12 of 13 timm names take connections"
+    assert "    8 vision_transformer" in lines
+    assert any(line.startswith("    1 cannot convert a TinyVit") for line in lines) or lines[-1].endswith(")")
+    with pytest.raises(SystemExit):
+        main(["coverage", "no_such_*"])
+    assert "no timm name matches 'no_such_*'" in capsys.readouterr().err
+
+
 CLASSES = ("left-out", "müller straße", "zebra")
 
 

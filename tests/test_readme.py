@@ -7,13 +7,14 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
 
-def test_python_blocks_run(capsys):
+def test_python_blocks_run(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     assert len(blocks) >= 5
     namespace = {}
     for block in blocks:
         exec(block, namespace)
-    assert capsys.readouterr().out.split("\n")[:2] == ["torch.Size([2, 17, 3, 4])", "torch.Size([2, 17, 3])"]
+    assert capsys.readouterr().out.split("\n")[:2] == ["torch.Size([2, 17, 4, 5])", "torch.Size([2, 17, 4])"]
 
 
 def test_files_and_targets_exist():

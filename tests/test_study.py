@@ -6,6 +6,7 @@ import sys
 import time
 
 import pytest
+import timm
 import torch
 
 from hcvision import study
@@ -72,6 +73,22 @@ def test_variants_start_from_the_same_trunk_and_see_the_same_images(make, monkey
         assert torch.equal(seen[0][1], seen[number][1])
         assert seen[0][0].keys() == seen[number][0].keys()
         assert all(torch.equal(seen[0][0][name], seen[number][0][name]) for name in seen[0][0])
+
+
+def test_a_trained_model_goes_on_with_connections(make, tiny, tmp_path):
+    """From the weights of a file every variant starts at the same accuracy, which the table shows."""
+    torch.manual_seed(0)
+    weights = tmp_path / "residual.pth"
+    torch.save(timm.create_model("vit_tiny_patch16_224", num_classes=3, **tiny).state_dict(), weights)
+    model = {"model": "vit_tiny_patch16_224", "model_args": tiny, "lr": 1e-3, "init_from": str(weights)}
+    report = make(model=model, timing_rounds=0).run(say=lambda _: None)
+    rows = list(csv.DictReader((report.parent / "results.csv").read_text().splitlines()))
+    assert len({row["start_top1"] for row in rows}) == 1
+    start = f"{100 * float(rows[0]['start_top1']):.2f}"
+    lines = [[cell.strip() for cell in line.split("|")] for line in report.read_text().splitlines() if "|" in line]
+    assert lines[0][1:3] == ["variant", "at start %"]
+    assert [line[2] for line in lines[2:]] == [start] * 3
+    assert {row["top1"] for row in rows} != {row["start_top1"] for row in rows}
 
 
 def test_other_settings_in_the_same_folder_are_refused(make, tiny):

@@ -93,6 +93,26 @@ def test_layer_decay_reaches_the_optimizer(build, fit):
     assert all(lr == pytest.approx(1e-3 * scale) for lr, scale in groups)
 
 
+@pytest.mark.parametrize("layer_decay", [None, 0.5])
+def test_connection_lr_factor(build, fit, layer_decay):
+    """Connections learn 4 times as fast as their block, all else as without the factor."""
+    rates = []
+    for factor in (1.0, 4.0):
+        model = build(
+            connection="dhc2", layer_decay=layer_decay, connection_lr_factor=factor, sched="constant", lr=1e-3
+        )
+        optimizer = fit(model, max_epochs=1).optimizers[0]
+        names = {id(p): name for name, p in model.model.named_parameters()}
+        groups = [(names[id(p)], g["lr"], g["weight_decay"]) for g in optimizer.param_groups for p in g["params"]]
+        rates.append({name: (lr, decay) for name, lr, decay in groups})
+        assert len(groups) == len(rates[-1]) == len(names)
+    for name, (lr, decay) in rates[0].items():
+        factor = 4 if ".connection" in name else 1
+        assert rates[1][name] == (pytest.approx(factor * lr), decay), name
+    with pytest.raises(ValueError, match="connection_lr_factor must be positive, got 0"):
+        build(connection="dhc2", connection_lr_factor=0)
+
+
 @pytest.mark.parametrize("opt", ["adamw", "muon"])
 def test_every_parameter_is_optimized_once_and_static_ones_do_not_decay(build, fit, opt):
     model = build(connection="dhc2", weight_decay=0.3, opt=opt)

@@ -1,0 +1,264 @@
+"""Diffusion for DiT: two objectives with one interface, their samplers, and classifier-free guidance.
+
+``DDPM`` predicts the noise of 1000 linear steps and its variance (arXiv 2102.09672, as DiT trains);
+``LinearPath`` the velocity from noise to data (arXiv 2401.08740, SiT). Both have::
+
+    diffusion.loss(model, x, y)               # (B,), to average and to minimise
+    diffusion.sample(model, noise, y, steps)  # noise to images
+
+A model takes (x, t, y) and predicts C channels, or 2 C with ``learn_sigma``. Letters in shapes: B batch, C channels,
+H height, W width.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Model = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def guide(
+    model: Model, y: Tensor, null: int, scale: float, channels: int | None = 3
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """Classifier-free guidance (arXiv 2207.12598).
+
+    Args:
+        model: (x, t, y) -> (B, C or 2 C, H, W).
+        y: the classes wanted, (B,).
+        null: the class that stands for none.
+        scale: 1 is no guidance, and costs one evaluation of the model; else it is two.
+        channels: how many of the first channels are guided: 3, as the published DiT numbers are, or None for
+            all C, without the variance.
+
+    Returns:
+        A function (x, t) -> prediction, without the class.
+
+    Raises:
+        ValueError: scale < 0 or channels < 1.
+    """
+    if scale < 0 or (channels is not None and channels < 1):
+        raise ValueError(f"guidance needs scale >= 0 and channels >= 1, got {scale} and {channels}")
+    if scale == 1:
+        return lambda x, t: model(x, t, y)
+
+    def guided(x: Tensor, t: Tensor) -> Tensor:
+        both = model(torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, torch.full_like(y, null)]))
+        wanted, anything = both.chunk(2)
+        count = x.shape[1] if channels is None else min(channels, x.shape[1])
+        moved = anything[:, :count] + scale * (wanted[:, :count] - anything[:, :count])
+        return torch.cat([moved, wanted[:, count:]], dim=1)
+
+    return guided
+
+
+def expand(values: Tensor, x: Tensor) -> Tensor:
+    """(B,) beside (B, C, H, W), in the dtype of x."""
+    return values.to(x.dtype).view(-1, *[1] * (x.dim() - 1))
+
+
+class DDPM:
+    """Gaussian diffusion over T = 1000 steps, betas linear from 1e-4 to 0.02 (arXiv 2006.11239, 2102.09672).
+
+    The model predicts the noise; with 2 C channels also the log-variance of each step, between that of
+    the forward step and that of the posterior. Its loss is the squared error of the noise plus the variational
+    bound, in bits per dimension, with the gradient of the bound going to the variance alone.
+
+    Args:
+        timesteps: T.
+        clip: clamp the predicted image to [-1, 1] when sampling: for pixels, not for latents.
+    """
+
+    samplers = ("ddpm", "ddim")
+    default_steps = 250
+
+    def __init__(self, timesteps: int = 1000, clip: bool = False):
+        if timesteps < 2:
+            raise ValueError(f"timesteps must be at least 2, got {timesteps}")
+        self.timesteps, self.clip = timesteps, clip
+        betas = torch.linspace(1e-4 * 1000 / timesteps, 0.02 * 1000 / timesteps, timesteps, dtype=torch.float64)
+        self.kept = (1 - betas).cumprod(0)  # alpha-bar: how much of the image's variance is left at t
+
+    def add_noise(self, x: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """x_t of images x (B, C, H, W) at steps t (B,)."""
+        kept = self.kept.to(x.device)[t]
+        return expand(kept.sqrt(), x) * x + expand((1 - kept).sqrt(), x) * noise
+
+    def draw_time(self, count: int, device: Any, generator: torch.Generator | None = None) -> Tensor:
+        return torch.randint(self.timesteps, (count,), device=device, generator=generator)
+
+    def loss(self, model: Model, x: Tensor, y: Tensor, t: Tensor | None = None, noise: Tensor | None = None) -> Tensor:
+        """The loss of each image, (B,), at times t and with noise, drawn if not given. x is (B, C, H, W), y is (B,)."""
+        t = self.draw_time(len(x), x.device) if t is None else t
+        noise = torch.randn_like(x) if noise is None else noise
+        noisy = self.add_noise(x, t, noise)
+        prediction = model(noisy, t, y).to(x.dtype)
+        error = (prediction[:, : x.shape[1]] - noise).square().flatten(1).mean(1)
+        if prediction.shape[1] == x.shape[1]:
+            return error
+        fixed_mean = torch.cat([prediction[:, : x.shape[1]].detach(), prediction[:, x.shape[1] :]], dim=1)
+        return error + self.bound(x, noisy, t, fixed_mean)
+
+    def bound(self, x: Tensor, noisy: Tensor, t: Tensor, prediction: Tensor) -> Tensor:
+        """The term of the variational bound at t, in bits per dimension, (B,)."""
+        kept = self.kept.to(x.device)
+        before = torch.cat([kept.new_ones(1), kept])[t]
+        mean, log_variance, _ = self.step(noisy, prediction, kept[t], before)
+        true_mean, true_log_variance = self.posterior(x, noisy, kept[t], before)
+        kl = 0.5 * (
+            log_variance - true_log_variance - 1
+            + (true_log_variance - log_variance).exp() + (true_mean - mean).square() * (-log_variance).exp()
+        )  # fmt: skip
+        nats = torch.where(expand(t, x) == 0, -discrete_log_likelihood(x, mean, 0.5 * log_variance), kl)
+        return nats.flatten(1).mean(1) / math.log(2)
+
+    def posterior(self, x: Tensor, noisy: Tensor, kept: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and log-variance of x one step before, given the image; ``kept`` and ``before`` are (B,)."""
+        beta = 1 - kept / before
+        mean = expand(before.sqrt() * beta / (1 - kept), x) * x
+        mean = mean + expand((kept / before).sqrt() * (1 - before) / (1 - kept), x) * noisy
+        return mean, expand(self.log_posterior(kept, before), x)
+
+    def log_posterior(self, kept: Tensor, before: Tensor) -> Tensor:
+        """log of beta (1 - before) / (1 - kept); at the last step, where that is 0, the one before it, as published."""
+        first, second = self.kept[0].to(kept.device), self.kept[1].to(kept.device)
+        last = before == 1
+        kept, before = torch.where(last, second, kept), torch.where(last, first, before)
+        return ((1 - kept / before) * (1 - before) / (1 - kept)).log()
+
+    def step(self, noisy: Tensor, prediction: Tensor, kept: Tensor, before: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean and log-variance of x one step before, and the image, as the model sees them."""
+        noise = prediction[:, : noisy.shape[1]]
+        image = expand((1 / kept).sqrt(), noisy) * noisy - expand((1 / kept - 1).sqrt(), noisy) * noise
+        if self.clip:
+            image = image.clamp(-1, 1)
+        mean, low = self.posterior(image, noisy, kept, before)
+        if prediction.shape[1] == noisy.shape[1]:
+            return mean, low, image
+        fraction = (prediction[:, noisy.shape[1] :] + 1) / 2
+        high = expand((1 - kept / before).log(), noisy)
+        return mean, fraction * high + (1 - fraction) * low, image
+
+    def spaced(self, steps: int) -> list[int]:
+        """The steps, of T, that a sampler with fewer of them visits, ascending, first and last included."""
+        if not 1 <= steps <= self.timesteps:
+            raise ValueError(f"steps must be between 1 and {self.timesteps}, got {steps}")
+        stride = (self.timesteps - 1) / max(steps - 1, 1)
+        return [round(i * stride) for i in range(steps)]
+
+    @torch.no_grad()
+    def sample(
+        self,
+        model: Callable[[Tensor, Tensor], Tensor],
+        noise: Tensor,
+        steps: int = 250,
+        sampler: str = "ddpm",
+        draw: Callable[[Tensor], Tensor] = torch.randn_like,
+    ) -> Iterator[Tensor]:
+        """From noise to images.
+
+        Args:
+            model: (x, t) -> prediction, as ``guide`` returns it.
+            noise: (B, C, H, W).
+            steps: evaluations of the model.
+            sampler: ``ddpm``, which adds noise in every step, or ``ddim``, which adds none (arXiv 2010.02502).
+            draw: a function of x that draws the noise of a step.
+
+        Yields:
+            The predicted image after every step; the last is the result.
+
+        Raises:
+            ValueError: an unknown sampler, or steps out of range.
+        """
+        check_sampler(sampler, self.samplers)
+        x, times = noise, self.spaced(steps)
+        for i in reversed(range(steps)):
+            t = torch.full((len(x),), times[i], device=x.device)
+            kept = self.kept[times[i]].to(x.device).expand(len(x))
+            before = self.kept[times[i - 1]].to(x.device).expand(len(x)) if i else torch.ones_like(kept)
+            prediction = model(x, t).to(x.dtype)
+            mean, log_variance, image = self.step(x, prediction, kept, before)
+            if sampler == "ddim":
+                noise = (x - expand(kept.sqrt(), x) * image) / expand((1 - kept).sqrt(), x)
+                x = expand(before.sqrt(), x) * image + expand((1 - before).sqrt(), x) * noise
+            else:
+                x = mean + (0.5 * log_variance).exp() * draw(x) if i else mean
+            yield x if i == 0 else image
+
+
+class LinearPath:
+    """The straight path x_t = t * image + (1 - t) * noise, t from 0 to 1; the model predicts image - noise."""
+
+    samplers = ("heun", "euler")
+    default_steps = 50
+
+    def __init__(self, clip: bool = False):
+        self.clip = clip
+
+    def add_noise(self, x: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """x_t of images x (B, C, H, W) at times t (B,)."""
+        return expand(t, x) * x + (1 - expand(t, x)) * noise
+
+    def draw_time(self, count: int, device: Any, generator: torch.Generator | None = None) -> Tensor:
+        return torch.rand(count, device=device, generator=generator)
+
+    def loss(self, model: Model, x: Tensor, y: Tensor, t: Tensor | None = None, noise: Tensor | None = None) -> Tensor:
+        """The loss of each image, (B,), at times t and with noise, drawn if not given. x is (B, C, H, W), y is (B,)."""
+        t = self.draw_time(len(x), x.device) if t is None else t
+        noise = torch.randn_like(x) if noise is None else noise
+        prediction = model(self.add_noise(x, t, noise), t, y).to(x.dtype)[:, : x.shape[1]]
+        return (prediction - (x - noise)).square().flatten(1).mean(1)
+
+    @torch.no_grad()
+    def sample(
+        self,
+        model: Callable[[Tensor, Tensor], Tensor],
+        noise: Tensor,
+        steps: int = 50,
+        sampler: str = "heun",
+        draw: Callable[[Tensor], Tensor] = torch.randn_like,
+    ) -> Iterator[Tensor]:
+        """From noise to images, by Euler's method or by Heun's, which takes two evaluations in all steps but the last.
+
+        Yields:
+            The predicted image after every step; the last is the result.
+
+        Raises:
+            ValueError: an unknown sampler, or steps < 1.
+        """
+        check_sampler(sampler, self.samplers)
+        if steps < 1:
+            raise ValueError(f"steps must be at least 1, got {steps}")
+
+        def velocity(x: Tensor, t: float) -> Tensor:
+            return model(x, torch.full((len(x),), t, device=x.device)).to(x.dtype)[:, : x.shape[1]]
+
+        x = noise
+        for i in range(steps):
+            t, then = i / steps, (i + 1) / steps
+            slope = velocity(x, t)
+            image = x + (1 - t) * slope
+            if sampler == "heun" and i + 1 < steps:
+                slope = (slope + velocity(x + slope / steps, then)) / 2
+            x = x + slope / steps
+            result = x if i + 1 == steps else image
+            yield result.clamp(-1, 1) if self.clip else result
+
+
+OBJECTIVES: dict[str, Callable[..., DDPM | LinearPath]] = {"ddpm": DDPM, "velocity": LinearPath}
+
+
+def check_sampler(sampler: str, known: tuple[str, ...]) -> None:
+    if sampler not in known:
+        raise ValueError(f"sampler must be {' or '.join(known)} for this objective, got {sampler!r}")
+
+
+def discrete_log_likelihood(x: Tensor, mean: Tensor, log_deviation: Tensor) -> Tensor:
+    """log of the probability of the 8-bit value that x in [-1, 1] stands for, under a Gaussian; shaped like x."""
+    scale = (-log_deviation).exp()
+    above = torch.special.ndtr((x - mean + 1 / 255) * scale)
+    below = torch.special.ndtr((x - mean - 1 / 255) * scale)
+    ends = torch.where(x < -0.999, above, torch.where(x > 0.999, 1 - below, above - below))
+    return ends.clamp(min=1e-12).log()
