@@ -207,12 +207,14 @@ def _family(model: nn.Module) -> Family:
 
 
 def _blocks_of(model: nn.Module) -> str:
-    """What an unknown model is made of: the classes in its longest container of modules."""
-    containers = [m for m in model.modules() if isinstance(m, nn.Sequential | nn.ModuleList) and len(m) > 1]
-    if not containers:
-        return ""
-    ((block, _),) = Counter(type(child).__name__ for child in max(containers, key=len)).most_common(1)
-    return f" with blocks of class {block}"
+    """What an unknown model is made of: the classes of timm's in its longest container of modules."""
+    containers = []
+    for module in model.modules():
+        if isinstance(module, nn.Sequential | nn.ModuleList):
+            own = [type(child).__name__ for child in module if not type(child).__module__.startswith("torch.")]
+            containers.append(own)
+    longest = max(containers, key=len, default=[])
+    return f" with blocks of class {Counter(longest).most_common(1)[0][0]}" if longest else ""
 
 
 def _what_works() -> str:
