@@ -601,7 +601,7 @@ def used(connection):
         (
             lambda: timm.create_model("resnet18", num_classes=2),
             "dhc2",
-            "cannot convert a ResNet with blocks of class BasicBlock; the families that work: beit, .*vision_transformer",
+            "cannot convert a ResNet with blocks of class BasicBlock; the families that work: beit, .*vision_",
         ),
         (last_block_unsupported, "dhc2", "cannot convert blocks of class DiffParallelScalingBlock; .* Block"),
         (lambda: torch.nn.Linear(2, 2), "dhc2", "cannot convert a Linear"),
