@@ -73,7 +73,7 @@ class Textbook(nn.Module):
 
     def __init__(self, model: VisionTransformer, converted: nn.Module):
         super().__init__()
-        self.norm_pre, self.norm, self.copies = model.norm_pre, model.norm, converted.connection_rate
+        self.norm_pre, self.norm, self.copies = model.norm_pre, model.norm, converted.blocks[0].entry_rate
         self.connections = nn.ModuleList(c for c in converted.modules() if isinstance(c, StreamConnection))
         self.branches = nn.ModuleList(branches(model))
 

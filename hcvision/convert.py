@@ -127,12 +127,25 @@ class ConnectedModel:
         def __getattr__(self, name: str) -> Any: ...
 
     def forward_intermediates(self, *args, **kwargs):
-        features = super().forward_intermediates(*args, **kwargs)  # type: ignore[misc]
-        if not _family(self).is_tapped:  # type: ignore[arg-type]
-            return features
+        out = super().forward_intermediates(*args, **kwargs)  # type: ignore[misc]
+        family = _family(self)  # type: ignore[arg-type]
+        call = inspect.signature(own_class(self).forward_intermediates).bind(self, *args, **kwargs)  # type: ignore
+        if not family.is_tapped or "." in family.blocks or (family.exit and call.arguments.get("norm")):
+            return out  # taps at the ends of stages, or of a part that is converted itself, or behind the exit
         dim = self.embed_dim
         traceable: Any = (Tensor, torch.fx.Proxy)
-        return tree_map(lambda part: leave_streams(part, dim) if isinstance(part, traceable) else part, features)
+
+        def leave(taps: Any) -> Any:
+            return tree_map(lambda tap: leave_streams(tap, dim) if isinstance(tap, traceable) else tap, taps)
+
+        def leave_last(x: Any) -> Any:
+            return x if family.exit else leave(x)
+
+        if isinstance(out, tuple):
+            return leave_last(out[0]), leave(out[1])
+        if isinstance(out, dict):
+            return {key: (leave_last if key == "image_features" else leave)(part) for key, part in out.items()}
+        return leave(out)
 
     def prune_intermediate_layers(self, *args, **kwargs):
         kept = super().prune_intermediate_layers(*args, **kwargs)  # type: ignore[misc]
@@ -315,12 +328,19 @@ def convert(model: Any, connection: str, *, blocks: Blocks = None, **options) ->
         grafts.append((block, new))
     for block, attributes in grafts:  # only now that nothing can fail
         _graft(block, _mixin(block), **attributes)
-    if not isinstance(model, ConnectedModel):
-        architecture = getattr(model, "pretrained_cfg", {}).get("architecture", "")
-        _graft(model, MIXINS.get(type(model), ConnectedModel), residual_architecture=architecture)
+    for part in _parts(model):
+        if not isinstance(part, ConnectedModel):
+            architecture = getattr(part, "pretrained_cfg", {}).get("architecture", "")
+            _graft(part, MIXINS.get(type(part), ConnectedModel), residual_architecture=architecture)
+        _label(part)
     _place_borders(model)
-    _label(model)
     return model
+
+
+def _parts(model: Any) -> list[Any]:
+    """The model, and the encoder in it that has the blocks and a row of its own."""
+    owner, _, _ = _family(model).blocks.rpartition(".")
+    return [model] if not owner or "*" in owner else [model, model.get_submodule(owner)]
 
 
 def _take_away(model: Any, candidates: list[Any], blocks: Blocks) -> None:
@@ -340,9 +360,10 @@ def _take_away(model: Any, candidates: list[Any], blocks: Blocks) -> None:
         family = _family(model)
         if family.exit and isinstance(model.get_submodule(family.exit), Exit):
             _ungraft(model.get_submodule(family.exit), "stream_dim")
-    _label(model)
-    if not any(isinstance(block, ConnectedBlock) for block in candidates):
-        _ungraft(model, "connection", "residual_architecture")
+    for part in _parts(model):
+        _label(part)
+        if not any(isinstance(block, ConnectedBlock) for block in candidates):
+            _ungraft(part, "connection", "residual_architecture")
 
 
 def _is_residual(connection: Any) -> bool:
@@ -425,8 +446,9 @@ def _label(model: Any) -> None:
     arguments = {f"connection_{key}": value for step in steps[:1] for key, value in step.items() if key != "connection"}
     if steps[1:]:
         arguments["connection_more"] = steps[1:]
-    kept = {key: value for key, value in getattr(model, "_model_args", {}).items() if not key.startswith("connection_")}
-    model._model_args = kept | arguments
+    if hasattr(model, "_model_args") or arguments:
+        kept = {k: v for k, v in getattr(model, "_model_args", {}).items() if not k.startswith("connection_")}
+        model._model_args = kept | arguments
 
 
 # Names

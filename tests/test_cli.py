@@ -188,6 +188,11 @@ def test_every_config_parses_and_its_models_build(path, monkeypatch, tmp_path):
         "hcvision.data.ImageData._scan_folders", lambda self: setattr(self, "class_names", ["a"] * 1000)
     )
     monkeypatch.setattr("hcvision.training.create_model", build)
+    if config["model"].get("init_from"):  # what the command above it in its head writes
+        weights = Path(config["model"]["init_from"])
+        assert f"--run {weights.parent.parent}" in path.read_text()
+        weights.parent.mkdir(parents=True)
+        weights.touch()
     if "variants" in config:
         monkeypatch.setattr("hcvision.data.ImageData.prepare_data", lambda self: None)
         for variant in config["variants"]:

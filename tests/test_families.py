@@ -69,6 +69,8 @@ FAMILIES = {
     ),
     "qwen3_vit": ("qwen3_vit_88m", COLUMN),
     "qwen3_vit encoder": ("qwen3_vit_88m_enc", {k: v for k, v in COLUMN.items() if k != "num_classes"}),
+    "deepseek_vit align": ("deepseek_vit_412m_align", COLUMN | {"out_features": 96}),
+    "qwen3_vit merge": ("qwen3_vit_88m_merge", COLUMN | {"out_features": 96}),
     "convit": ("convit_tiny", COLUMN | {"local_up_to_layer": 2}),
     "cait": ("cait_xxs24_224", COLUMN | {"init_values": 0.1}),
     "xcit": ("xcit_nano_12_p8_224", COLUMN | {"eta": 0.1}),
@@ -95,6 +97,19 @@ FAMILIES = {
             "num_heads": 3,
             "window_size": 3,
             "global_attn_indexes": (1,),
+            "num_classes": 10,
+        },
+    ),
+    "sam neck": (
+        "samvit_base_patch16",
+        {
+            "img_size": 64,
+            "embed_dim": 48,
+            "depth": 3,
+            "num_heads": 3,
+            "window_size": 3,
+            "global_attn_indexes": (1,),
+            "neck_chans": 96,
             "num_classes": 10,
         },
     ),
@@ -460,6 +475,24 @@ def test_intermediates(family, connection):
     assert [tap.shape for tap in found[1]] == [tap.shape for tap in expected[1]]
     expected, found = (model.forward_intermediates(x, indices=[0, 1], stop_early=True) for model in (plain, ours))
     assert distance(flat(found), flat(expected)) < 1e-12
+    if "norm" in inspect.signature(plain.forward_intermediates).parameters and "hiera" not in family:
+        for c in connections(ours):
+            randomize(c, std=0.5)
+        expected, found = ours.forward_intermediates(x, norm=True), []
+        if _family(ours).exit:  # every tap through the final norm, of the mean over streams
+            outputs = []
+            hooks = [block.register_forward_hook(lambda m, a, out: outputs.append(out)) for block in blocks(ours)]
+            taps = ours.forward_intermediates(x, norm=True, output_fmt="NCHW", intermediates_only=True)
+            for hook in hooks:
+                hook.remove()
+            norm = copy.deepcopy(plain.get_submodule(_family(plain).exit))
+            for out, tap in zip(outputs, taps, strict=True):
+                mean = out.unflatten(-1, (-1, plain.embed_dim)).mean(-2)
+                found = norm(mean.permute(0, 3, 1, 2)) if out.dim() == 4 else norm(mean)
+                found = found if out.dim() == 4 else found[:, -tap[0, 0].numel() :].mT.reshape(tap.shape)
+                assert distance(found, tap) < 1e-12
+        for c in connections(ours):
+            c.reset_parameters()
     for prune_norm in (False, True):
         expected, found = [], []
         for model, out in ((plain, expected), (ours, found)):
@@ -641,3 +674,21 @@ def test_hub_folder(name, tmp_path):
     tuned = create_model(f"local-dir:{tmp_path / 'residual'}", "dfc2", pretrained=True).eval()
     assert torch.equal(tuned(x), residual(x))
     assert tuned.connection == "dfc2"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_pretrained_file(name, tmp_path):
+    """Both steps in one call: timm loads the residual weights as it always does, and the outputs are theirs."""
+    kwargs = small(name)
+    residual = randomize(timm.create_model(name, **kwargs)).eval()
+    path = tmp_path / "weights.pth"
+    torch.save(residual.state_dict(), path)
+    cfg = {"file": str(path), "num_classes": residual.num_classes}
+    size = kwargs.get("img_size", 64)
+    x = torch.randn(2, 3, size, size)
+    model = create_model(name, "dfc2", pretrained=True, pretrained_cfg_overlay=cfg, **kwargs).eval()
+    assert torch.equal(model(x), residual(x))
+    torch.save(randomize(model, seed=4).state_dict(), path)  # with connections that have learned
+    again = create_model(name, "dfc2", pretrained=True, pretrained_cfg_overlay=cfg, **kwargs).eval()
+    assert torch.equal(again(x), model(x))
+    assert not torch.equal(again(x), residual(x))
