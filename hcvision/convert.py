@@ -34,7 +34,7 @@ from timm.models.xcit import Xcit
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from hcvision.connections import Connection, build_connection, parse_connection, reduce_streams
+from hcvision.connections import Connection, HyperConnection, build_connection, parse_connection, reduce_streams
 from hcvision.families import BLOCKS, MODELS, ConnectedBlock, Family
 
 Blocks = slice | str | Iterable[int] | Callable[[int, nn.Module], bool] | None
@@ -409,7 +409,7 @@ def _carried(block: Any) -> tuple[int, int]:
 def _name(block: Any) -> str:
     """The name of a block's connections."""
     connection = block.connection1
-    kind = f"{'d' if connection.dynamic else 's'}{'hc' if connection.views == 1 else 'fc'}"
+    kind = f"{'d' if connection.dynamic else 's'}{'hc' if isinstance(connection, HyperConnection) else 'fc'}"
     return f"{kind}{connection.rate}"
 
 

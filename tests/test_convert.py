@@ -690,6 +690,14 @@ def test_two_connections(tmp_path):
         ] * 2
 
 
+@pytest.mark.parametrize("connection", ["shc1", "dhc1", "sfc1", "dfc1", "dhc3", "sfc16"])
+def test_connection_name(connection):
+    """The model knows what it has, rate 1 included, and so does what timm saves of it."""
+    model = vit(connection)
+    assert model.connection == connection
+    assert model.pretrained_cfg["architecture"] == f"{BASE}_{connection}"
+
+
 @pytest.mark.parametrize("connection", ["dhc2", "sfc2"])
 def test_undo(connection):
     """Connections that are residual adds still go away without a trace; some of them, too; others are refused."""
