@@ -144,6 +144,14 @@ class PlainMlp(ConnectedBlock):
         return self.drop_path2(self.mlp(self.norm2(x)))
 
 
+class GammaMlp(ConnectedBlock):
+    def branch2(self, x: Tensor) -> Tensor:
+        x = self.mlp(self.norm2(x))
+        if self.gamma_2 is not None:
+            x = self.gamma_2 * x
+        return self.drop_path2(x)
+
+
 class PostNormMlp(ConnectedBlock):
     def branch2(self, x: Tensor) -> Tensor:
         return self.drop_path2(self.norm2(self.mlp(x)))
@@ -209,7 +217,7 @@ class ParallelScalingBlock(ConnectedBlock):
         return self.drop_path(self.ls(y))
 
 
-class EvaBlock(ConnectedBlock):
+class EvaBlock(GammaMlp):
     def branch1(
         self,
         x: Tensor,
@@ -221,12 +229,6 @@ class EvaBlock(ConnectedBlock):
         if self.gamma_1 is not None:
             x = self.gamma_1 * x
         return self.drop_path1(x)
-
-    def branch2(self, x: Tensor) -> Tensor:
-        x = self.mlp(self.norm2(x))
-        if self.gamma_2 is not None:
-            x = self.gamma_2 * x
-        return self.drop_path2(x)
 
 
 class EvaBlockPostNorm(PostNormMlp):
@@ -240,18 +242,12 @@ class EvaBlockPostNorm(PostNormMlp):
         return self.drop_path1(self.norm1(self.attn(x, rope=rope, attn_mask=attn_mask, is_causal=is_causal)))
 
 
-class BeitBlock(ConnectedBlock):
+class BeitBlock(GammaMlp):
     def branch1(self, x: Tensor, shared_rel_pos_bias: Tensor | None = None) -> Tensor:
         x = self.attn(self.norm1(x), shared_rel_pos_bias=shared_rel_pos_bias)
         if self.gamma_1 is not None:
             x = self.gamma_1 * x
         return self.drop_path1(x)
-
-    def branch2(self, x: Tensor) -> Tensor:
-        x = self.mlp(self.norm2(x))
-        if self.gamma_2 is not None:
-            x = self.gamma_2 * x
-        return self.drop_path2(x)
 
 
 class RelPosBlock(LayerScaleMlp):
