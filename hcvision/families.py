@@ -152,6 +152,11 @@ class GammaMlp(ConnectedBlock):
         return self.drop_path2(x)
 
 
+class ChannelMlp(ConnectedBlock):
+    def branch2(self, x: Tensor) -> Tensor:
+        return self.drop_path(self.mlp_channels(self.norm2(x)))
+
+
 class PostNormMlp(ConnectedBlock):
     def branch2(self, x: Tensor) -> Tensor:
         return self.drop_path2(self.norm2(self.mlp(x)))
@@ -292,12 +297,9 @@ class XcitBlock(ConnectedBlock):
         return self.drop_path2(self.gamma2 * self.mlp(self.norm2(x)))
 
 
-class MixerBlock(ConnectedBlock):
+class MixerBlock(ChannelMlp):
     def branch1(self, x: Tensor) -> Tensor:
         return self.drop_path(self.mlp_tokens(self.norm1(x).transpose(1, 2)).transpose(1, 2))
-
-    def branch2(self, x: Tensor) -> Tensor:
-        return self.drop_path(self.mlp_channels(self.norm2(x)))
 
 
 class ResMlpBlock(ConnectedBlock):
@@ -487,12 +489,9 @@ class FocalNetBlock(ChannelsFirst):
         return block.dim
 
 
-class SequencerBlock(ConnectedBlock):
+class SequencerBlock(ChannelMlp):
     def branch1(self, x: Tensor) -> Tensor:
         return self.drop_path(self.rnn_tokens(self.norm1(x)))
-
-    def branch2(self, x: Tensor) -> Tensor:
-        return self.drop_path(self.mlp_channels(self.norm2(x)))
 
 
 class NestBlock(PlainMlp):

@@ -218,7 +218,8 @@ def table(results: list[dict[str, Any]], costs: dict[str, dict[str, float]], var
     parameters = {r["variant"]: r["parameters"] for r in results}
     first = variants[0]
     starts = {
-        v: [100 * r["start_top1"] for r in results if r["variant"] == v and r.get("start_top1")] for v in variants
+        v: [100 * r["start_top1"] for r in results if r["variant"] == v and r.get("start_top1") is not None]
+        for v in variants
     }
     header = ["variant", "top-1 %", f"minus {first}", "parameters"]
     header += ["step time", "memory"] if costs else []

@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import pytorch_lightning as pl
@@ -62,3 +63,12 @@ def trainer_args(tmp_path) -> dict:
 @pytest.fixture(autouse=True)
 def _seed():
     pl.seed_everything(0, verbose=False)
+
+
+def randomize(model: torch.nn.Module, std: float = 0.2, seed: int = 1) -> Any:
+    """Every parameter random, so that no connection is the identity and no branch is small."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
+    return model

@@ -10,6 +10,7 @@ import time
 import pytest
 import timm
 import torch
+from conftest import randomize
 from timm.models._features import FeatureGetterNet
 from timm.models.vision_transformer import DiffParallelScalingBlock, VisionTransformer
 from timm.optim import create_optimizer_v2
@@ -22,15 +23,6 @@ from hcvision.convert import checkpoint_filter_fn, convert, create_model
 BASE = "vit_tiny_patch16_224"
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3, "num_classes": 10}
 FOUR = ("shc2", "dhc2", "sfc2", "dfc2")
-
-
-def randomize(model, std=0.2, seed=1):
-    """Every parameter random, so that no connection is the identity and no branch is small."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
-    return model
 
 
 def vit(connection=None, dtype=None, **kwargs):

@@ -3,6 +3,7 @@
 import itertools
 import math
 
+import diffusers
 import pytest
 import torch
 
@@ -107,7 +108,6 @@ def test_ddpm_schedule():
 @pytest.mark.parametrize("clip", [False, True])
 def test_against_diffusers(sampler, clip):
     """Each step of the chain, respaced to 10 steps, gives diffusers' numbers."""
-    diffusers = pytest.importorskip("diffusers")
     diffusion, model, (x, _, _) = DDPM(clip=clip), Linear(), batch()
     settings = {"beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear", "clip_sample": clip}
     if sampler == "ddpm":

@@ -7,6 +7,7 @@ import math
 import pytest
 import timm
 import torch
+from conftest import randomize
 from torch.nn import functional as F
 
 import hcvision
@@ -15,14 +16,6 @@ from hcvision.connections import Connection, parse_connection
 from hcvision.convert import convert
 
 TINY = {"img_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3, "num_classes": 5}
-
-
-def randomize(model, std=0.2, seed=1):
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
-    return model
 
 
 def build(connection=None, dtype=torch.float64, **kwargs):

@@ -91,6 +91,15 @@ def test_a_trained_model_goes_on_with_connections(make, tiny, tmp_path):
     assert {row["top1"] for row in rows} != {row["start_top1"] for row in rows}
 
 
+def test_a_start_of_nothing_right_is_shown():
+    """0 % at the start is a figure like any other."""
+    results = [
+        {"variant": v, "seed": 0, "start_top1": 0.0, "top1": 0.5, "parameters": 100} for v in ("residual", "dhc2")
+    ]
+    lines = table(results, {}, ["residual", "dhc2"])
+    assert [line.split("|")[2].strip() for line in (lines[0], *lines[2:])] == ["at start %", "0.00", "0.00"]
+
+
 def test_other_settings_in_the_same_folder_are_refused(make, tiny):
     make(variants=["residual"], seeds=[0], timing_rounds=0).run(say=lambda _: None)
     changed = make(model={"model": "vit_tiny_patch16_224", "model_args": tiny, "lr": 2e-3})
