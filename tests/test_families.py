@@ -531,7 +531,7 @@ def test_reshaped(family):
         assert distance(flat(ours(wide)), flat(plain(wide))) < 1e-12
 
 
-@pytest.mark.filterwarnings("ignore:The tensor attributes")  # timm's sequencer, exported
+@pytest.mark.filterwarnings("ignore:The tensor attributes", "ignore:The TorchScript type system")  # timm's code
 @pytest.mark.parametrize("way", ["compile", "export", "script"])
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family not in VARIANTS])
 def test_compiled(family, way):
