@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 
 import pytorch_lightning as pl
 import timm
+import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser
 from pytorch_lightning.callbacks import BasePredictionWriter
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
@@ -23,8 +24,9 @@ from tqdm import tqdm
 
 from hcvision.convert import coverage
 from hcvision.data import ImageData
-from hcvision.study import Study
-from hcvision.training import ImageClassifier, equip, keep_metrics, last_checkpoint, read_checkpoint
+from hcvision.runs import equip, keep_metrics, last_checkpoint, read_checkpoint
+from hcvision.study import GenerationStudy, Study
+from hcvision.training import ImageClassifier, ImageGenerator, TimmModule
 
 USAGE = """\
 usage: hcvision COMMAND [--config FILE] [options]
@@ -40,6 +42,11 @@ usage: hcvision COMMAND [--config FILE] [options]
 
 
 COMMANDS = ("fit", "validate", "test", "predict", "compare", "coverage")
+
+
+TASKS: dict[str, type[TimmModule]] = {"classify": ImageClassifier, "generate": ImageGenerator}
+STUDIES: dict[str, type[Study]] = {"classify": Study, "generate": GenerationStudy}
+WHOLE_IMAGES = {"data.scale": (1.0, 1.0), "data.ratio": (1.0, 1.0), "data.crop_pct": 1.0}  # what is to be drawn
 
 
 class OneLineErrors:
@@ -80,7 +87,15 @@ def fail(message: str) -> NoReturn:
 class CommandLine(LightningCLI):
     """LightningCLI with one folder per run, which nothing overwrites, and resume that resumes."""
 
+    def __init__(self, task: str, **kwargs: Any):
+        self.task = task
+        super().__init__(TASKS[task], ImageData, **kwargs)
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument("--task", type=str, default=self.task, help="classify, or generate (diffusion)")
+        if self.task == "generate":
+            parser.set_defaults(WHOLE_IMAGES)
+            parser.link_arguments("data.seed", "model.seed")
         parser.add_argument("--run", type=str | None, default=None, help="folder of the run (default: runs/NAME)")
         parser.add_argument("--resume", type=bool, default=False, help="go on with the run in that folder (fit only)")
         parser.link_arguments("data.num_classes", "model.num_classes", apply_on="instantiate")
@@ -90,6 +105,8 @@ class CommandLine(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
+        if self.subcommand == "predict" and self.task == "generate":
+            raise ValueError("a diffusion model predicts no classes; `hcvision sample` draws images with it")
         model, data = config["model"], config["data"]
         name = "_".join(filter(None, [str(model["model"]).replace(":", "_").replace("/", "_"), model["connection"]]))
         self.run_folder = Path(config["run"] or f"runs/{name}-{str(data['dataset']).replace('/', '_')}")
@@ -119,7 +136,7 @@ class CommandLine(LightningCLI):
         if self.subcommand != "fit":  # nothing new to log
             config["logger"] = False
             self.save_config_callback = None
-        arguments = equip(self.run_folder, config.as_dict())
+        arguments = equip(self.run_folder, config.as_dict(), monitor=TASKS[self.task].monitor)
         config["callbacks"] = arguments.pop("callbacks")
         if self.subcommand == "predict":
             config["callbacks"].append(WritePredictions(self.run_folder / "predictions.csv"))
@@ -136,8 +153,9 @@ class CommandLine(LightningCLI):
 
     def after_fit(self) -> None:
         metrics = self.trainer.callback_metrics
-        if is_first_process() and "val_top1" in metrics:
-            print(f"val top-1 {100 * metrics['val_top1'].item():.2f} %; the run is in {self.run_folder}")
+        if is_first_process() and "val_loss" in metrics:
+            top1 = f"top-1 {100 * metrics['val_top1'].item():.2f} %, " if "val_top1" in metrics else ""
+            print(f"val {top1}loss {metrics['val_loss'].item():.4f}; the run is in {self.run_folder}")
 
 
 class WritePredictions(BasePredictionWriter):
@@ -161,6 +179,25 @@ class WritePredictions(BasePredictionWriter):
                     writer.writerow([number * trainer.world_size + rank, name, f"{probability.item():.4f}"])
                     number += 1
         print(f"wrote {number} predictions to {path}")
+
+
+def find_task(arguments: list[str]) -> str:
+    """What ``--task`` says, or the last configuration file that says it: it decides which options there are."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--task")
+    parser.add_argument("--config", action="append", default=[])
+    options = parser.parse_known_args(arguments)[0]
+    task = options.task
+    for path in reversed(options.config):
+        if task is None and Path(path).is_file():
+            try:
+                content = yaml.safe_load(Path(path).read_text())
+            except yaml.YAMLError:
+                continue  # the command line says what is wrong with it
+            task = content.get("task") if isinstance(content, dict) else None
+    if task not in (None, *TASKS):
+        raise ValueError(f"task must be {' or '.join(TASKS)}, got {task!r}")
+    return task or "classify"
 
 
 def check_room(run: Path) -> None:
@@ -191,17 +228,22 @@ def is_first_process() -> bool:
 
 
 def compare(arguments: list[str]) -> None:
+    task = find_task(arguments)
     parser = StudyParser(prog="hcvision compare", description="Train variants side by side and report.")
     parser.add_argument("--config", action=ActionConfigFile, help="YAML file with these options")
-    parser.add_class_arguments(Study, skip={"model", "data", "trainer"})
-    parser.add_class_arguments(ImageClassifier, "model", skip={"connection", "num_classes"}, instantiate=False)
+    parser.add_argument("--task", type=str, default=task, help="classify, or generate (diffusion)")
+    parser.add_class_arguments(STUDIES[task], skip={"model", "data", "trainer"})
+    skipped = {"connection", "num_classes"} | ({"seed"} if task == "generate" else set())
+    parser.add_class_arguments(TASKS[task], "model", skip=skipped, instantiate=False)
     parser.add_class_arguments(ImageData, "data", skip={"seed"}, instantiate=False)
     parser.add_class_arguments(pl.Trainer, "trainer", instantiate=False)
-    config = parser.parse_args(arguments).as_dict()
-    config.pop("config")
+    if task == "generate":
+        parser.set_defaults(WHOLE_IMAGES)
+    config = parser.instantiate_classes(parser.parse_args(arguments)).as_dict()
+    config.pop("config"), config.pop("task")
     defaults = parser.get_defaults().as_dict()["trainer"]
     config["trainer"] = {name: value for name, value in config["trainer"].items() if value != defaults[name]}
-    report = Study(**config).run()
+    report = STUDIES[task](**config).run()
     print(f"\n{report.read_text()}\nreport: {report}")
 
 
@@ -270,8 +312,7 @@ def main(arguments: list[str] | None = None) -> None:
             count_coverage(arguments[1:])
         else:
             CommandLine(
-                ImageClassifier,
-                ImageData,
+                find_task(arguments),
                 args=arguments,
                 parser_class=RunParser,
                 seed_everything_default=0,

@@ -1,10 +1,11 @@
-"""Image classification data for Lightning: folders, torchvision's small sets, and timm's dataset strings.
+"""Images for Lightning: folders, torchvision's small sets, timm's dataset strings, and shards of latents.
 
 ``python -m hcvision.data ROOT`` puts Fashion-MNIST into ROOT.
 """
 
 import contextlib
 import gzip
+import json
 import os
 import random
 import shutil
@@ -24,6 +25,7 @@ import torch
 from PIL import Image
 from pytorch_lightning.overrides.distributed import UnrepeatedDistributedSampler
 from pytorch_lightning.utilities.seed import isolate_rng
+from safetensors import SafetensorError, safe_open
 from timm.data import create_dataset, create_transform
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, get_worker_info
@@ -38,6 +40,7 @@ FASHION_FILES = (
 DEBIAN_PACKAGE = "dataset-fashion-mnist"
 DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 BUILT_IN = {"fashion_mnist": 10, "cifar10": 10, "cifar100": 100}
+LATENT_FORMAT = "hcvision-latents-1"
 TIMM_PREFIXES = ("hfds/", "hfids/", "wds/", "tfds/", "torch/")
 
 
@@ -83,6 +86,86 @@ class Images(Dataset):
             samples = getattr(self.base, "samples", None)
             path = samples[position][0] if samples else f"number {position}"
             return BadImage(str(path), str(error).replace(str(path), "it"))
+
+
+class LatentShards:
+    """The shards of a split, as ``hcvision encode`` writes them; latents are read one by one when they are asked for.
+
+    Raises:
+        FileNotFoundError: there are no shards of that split, or one is missing.
+        ValueError: a shard is damaged, or of another set than the first.
+    """
+
+    def __init__(self, root: Path, split: str):
+        self.paths = sorted(root.glob(f"{split}-*.safetensors"))
+        if not self.paths:
+            raise FileNotFoundError(
+                f"there are no shards {split}-*.safetensors in {root}; `hcvision encode` makes them"
+            )
+        first = self.header(self.paths[0])
+        for number in range(int(first["shards"])):
+            path = root / f"{split}-{number:05}.safetensors"
+            if path not in self.paths:
+                raise FileNotFoundError(f"the shard {path} is missing; there must be {first['shards']}")
+        self.classes: list[str] = json.loads(first["classes"])
+        self.vae = first["vae"]
+        self.targets: list[int] = []
+        self.places: list[tuple[int, int]] = []
+        for number, path in enumerate(self.paths):
+            about = self.header(path)
+            differing = next((k for k in ("vae", "image_size", "classes", "shards") if about[k] != first[k]), None)
+            if differing:
+                raise ValueError(f"{path} has another {differing} than {self.paths[0]}")
+            labels = self.open(path).get_tensor("labels").tolist()
+            self.targets += labels
+            self.places += [(number, row) for row in range(len(labels))]
+        self.shape = tuple(self.open(self.paths[0]).get_slice("latents").get_shape()[1:])
+        self.files: dict[int, Any] = {}
+
+    @staticmethod
+    def open(path: Path) -> Any:
+        try:
+            return safe_open(str(path), framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"the shard {path} is cut short or damaged ({error}); encode it again") from error
+
+    @classmethod
+    def header(cls, path: Path) -> dict[str, str]:
+        about = cls.open(path).metadata() or {}
+        if about.get("format") != LATENT_FORMAT:
+            raise ValueError(
+                f"{path} is no shard of latents: its format is {about.get('format')!r}, not {LATENT_FORMAT!r}"
+            )
+        return about
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "files": {}}  # a loading process opens its own
+
+    def latent(self, position: int, flipped: bool) -> Tensor:
+        """(C, H, W), float32."""
+        number, row = self.places[position]
+        if number not in self.files:
+            self.files[number] = self.open(self.paths[number])
+        return self.files[number].get_slice("flipped" if flipped else "latents")[row].float()
+
+
+class Latents(Dataset):
+    """Chosen latents of shards, mirrored with a probability that (seed, epoch, index) alone decides."""
+
+    def __init__(self, base: LatentShards, indices: Sequence[int], hflip: float, seed: int = 0):
+        self.base, self.indices, self.hflip, self.seed = base, indices, hflip, seed
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int | tuple[int, int]) -> tuple[Tensor, int]:
+        epoch, number = index if isinstance(index, tuple) else (None, index)
+        flipped = epoch is not None and np.random.default_rng((self.seed, epoch, number)).random() < self.hflip
+        position = self.indices[number]
+        return self.base.latent(position, flipped), self.base.targets[position]
 
 
 class EpochSampler(DistributedSampler):
@@ -212,6 +295,8 @@ class ImageData(pl.LightningDataModule):
             self._scan_folders()
             assert self.class_names is not None
             self.num_classes = len(self.class_names)
+        elif dataset == "latents":
+            self._scan_latents()
         elif dataset in BUILT_IN:
             self.num_classes = BUILT_IN[dataset]
         elif self.is_timm:
@@ -221,7 +306,7 @@ class ImageData(pl.LightningDataModule):
                 raise ValueError(f"val_fraction and train_samples do not work with the dataset {dataset!r}")
             self.num_classes = num_classes
         else:
-            known = ", ".join(("folder", *BUILT_IN, *(f"{prefix}..." for prefix in TIMM_PREFIXES)))
+            known = ", ".join(("folder", *BUILT_IN, "latents", *(f"{prefix}..." for prefix in TIMM_PREFIXES)))
             raise ValueError(f"dataset must be one of {known}, got {dataset!r}")
         if num_classes is not None and num_classes != self.num_classes:
             raise ValueError(f"num_classes must be {self.num_classes} for {dataset} in {root}, got {num_classes}")
@@ -255,6 +340,18 @@ class ImageData(pl.LightningDataModule):
                 both = f"{self.splits['train']} and {self.splits[stage]}"
                 raise ValueError(f"the class folders of {both} differ: {', '.join(differing)}")
         self.class_names = list(classes)
+
+    def _scan_latents(self) -> None:
+        base = LatentShards(self.root, self.splits["train"])
+        if self.val_fraction is not None:
+            train, val = split_by_class(base.targets, self.val_fraction, self.split_seed)
+            self.stages = {"train": (base, train), "val": (base, val)}
+        else:
+            held_out = LatentShards(self.root, self.splits["val"])
+            if (held_out.classes, held_out.shape) != (base.classes, base.shape):
+                raise ValueError(f"the shards of {self.splits['train']} and {self.splits['val']} are of different sets")
+            self.stages = {"train": (base, range(len(base))), "val": (held_out, range(len(held_out)))}
+        self.class_names, self.num_classes = base.classes, len(base.classes)
 
     def prepare_data(self) -> None:
         if self.dataset == "fashion_mnist":
@@ -294,7 +391,13 @@ class ImageData(pl.LightningDataModule):
                 )
 
     def data_config(self) -> dict[str, Any]:
-        """input_size (C, H, W), mean, std, interpolation and crop_pct: what is given here, else the model's."""
+        """input_size (C, H, W), mean, std, interpolation and crop_pct: what is given here, else the model's.
+
+        Of latents only input_size and vae, the name of the VAE that made them.
+        """
+        if self.dataset == "latents":
+            base = self.stages["train"][0]
+            return {"input_size": base.shape, "vae": base.vae}
         config: dict[str, Any] = {"input_size": (3, 224, 224), "interpolation": "bicubic", "crop_pct": 0.875}
         config |= {"mean": (0.5,), "std": (0.5,)}
         if self.trainer is not None:
@@ -313,8 +416,10 @@ class ImageData(pl.LightningDataModule):
 
     def _loader(self, stage: str) -> DataLoader:
         training, config = stage == "train", self.data_config()
-        transform = create_transform(**config, is_training=training, **(self.augmentation if training else {}))
         mode = "L" if config["input_size"][0] == 1 else "RGB"
+        transform: Any = None
+        if self.dataset != "latents":
+            transform = create_transform(**config, is_training=training, **(self.augmentation if training else {}))
         batch_size = self.batch_size if training else self.eval_batch_size
         trainer = self.trainer
         world, rank = (trainer.world_size, trainer.global_rank) if trainer else (1, 0)
@@ -333,10 +438,13 @@ class ImageData(pl.LightningDataModule):
             dataset.transform = transform
         else:
             base, indices = self.stages.get(stage, self.stages["val"])
-            dataset = Images(base, indices, transform, mode, self.seed)
+            if self.dataset == "latents":
+                dataset = Latents(base, indices, self.augmentation["hflip"], self.seed)
+            else:
+                dataset = Images(base, indices, transform, mode, self.seed)
         if not isinstance(dataset, IterableDataset):
             if training:
-                order = EpochSampler if isinstance(dataset, Images) else DistributedSampler
+                order = EpochSampler if isinstance(dataset, (Images, Latents)) else DistributedSampler
                 sampler = order(dataset, world, rank, shuffle=True, seed=self.seed, drop_last=True)
             elif world > 1:
                 sampler = UnrepeatedDistributedSampler(dataset, world, rank, shuffle=False)
@@ -351,6 +459,29 @@ class ImageData(pl.LightningDataModule):
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator().manual_seed(self.seed + rank),
         )
+
+    def plain_loader(self, split: str, input_size: tuple[int, int, int], number: int | None = None) -> DataLoader:
+        """Batches of a split as for evaluation, with mean and std 0.5, without a trainer.
+
+        Args:
+            split: train, val or test; where there is no test split, val.
+            input_size: (C, H, W).
+            number: this many of them, chosen by split_seed; None or more than there are takes all.
+
+        Raises:
+            ValueError: the images are in no fixed order (timm's dataset strings), or are latents.
+        """
+        if self.is_timm or self.dataset == "latents":
+            raise ValueError(f"there are no images to choose from in the dataset {self.dataset!r}; a folder works")
+        self.setup()
+        base, indices = self.stages.get(split, self.stages["val"])
+        if number is not None and number < len(indices):
+            order = torch.randperm(len(indices), generator=torch.Generator().manual_seed(self.split_seed))
+            indices = [indices[i] for i in order[:number].tolist()]
+        half = (0.5,) * input_size[0]
+        transform = create_transform(input_size, interpolation="bicubic", crop_pct=1.0, mean=half, std=half)
+        images = Images(base, indices, transform, "L" if input_size[0] == 1 else "RGB")
+        return DataLoader(images, self.eval_batch_size, num_workers=self.num_workers, collate_fn=collate)
 
     def train_dataloader(self) -> DataLoader:
         return self._loader("train")

@@ -11,9 +11,10 @@ H height, W width.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -52,6 +53,20 @@ def guide(
         return torch.cat([moved, wanted[:, count:]], dim=1)
 
     return guided
+
+
+class SeededNoise:
+    """Standard normal noise of which row i depends on the seed and on ``numbers[i]`` alone, on any device.
+
+    A function of x (B, ...) that draws noise of its shape, the next one with every call.
+    """
+
+    def __init__(self, seed: int, numbers: Iterable[int]):
+        seeds = (np.random.SeedSequence((seed, int(number))).generate_state(1, np.uint64)[0] for number in numbers)
+        self.generators = [torch.Generator().manual_seed(int(state >> np.uint64(1))) for state in seeds]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return torch.stack([torch.randn(x.shape[1:], generator=g) for g in self.generators]).to(x)
 
 
 def expand(values: Tensor, x: Tensor) -> Tensor:
@@ -141,10 +156,14 @@ class DDPM:
         high = expand((1 - kept / before).log(), noisy)
         return mean, fraction * high + (1 - fraction) * low, image
 
-    def spaced(self, steps: int) -> list[int]:
-        """The steps, of T, that a sampler with fewer of them visits, ascending, first and last included."""
+    def check_steps(self, steps: int) -> None:
+        """Raise ValueError when a sampler cannot take that many steps."""
         if not 1 <= steps <= self.timesteps:
             raise ValueError(f"steps must be between 1 and {self.timesteps}, got {steps}")
+
+    def spaced(self, steps: int) -> list[int]:
+        """The steps, of T, that a sampler with fewer of them visits, ascending, first and last included."""
+        self.check_steps(steps)
         stride = (self.timesteps - 1) / max(steps - 1, 1)
         return [round(i * stride) for i in range(steps)]
 
@@ -197,6 +216,11 @@ class LinearPath:
     def __init__(self, clip: bool = False):
         self.clip = clip
 
+    def check_steps(self, steps: int) -> None:
+        """Raise ValueError when a sampler cannot take that many steps."""
+        if steps < 1:
+            raise ValueError(f"steps must be at least 1, got {steps}")
+
     def add_noise(self, x: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """x_t of images x (B, C, H, W) at times t (B,)."""
         return expand(t, x) * x + (1 - expand(t, x)) * noise
@@ -229,8 +253,7 @@ class LinearPath:
             ValueError: an unknown sampler, or steps < 1.
         """
         check_sampler(sampler, self.samplers)
-        if steps < 1:
-            raise ValueError(f"steps must be at least 1, got {steps}")
+        self.check_steps(steps)
 
         def velocity(x: Tensor, t: float) -> Tensor:
             return model(x, torch.full((len(x),), t, device=x.device)).to(x.dtype)[:, : x.shape[1]]

@@ -265,13 +265,20 @@ RATES = (2, 4, 8)
 default_cfgs: dict[str, Any] = {}
 
 
-def averaged(cfg: Any) -> Any:
-    """The same configuration; for the file of a training run, with its averaged weights (``ema``) in it."""
-    if not cfg.file or cfg.state_dict or cfg.source in ("local-dir", "hf-hub") or cfg.file.endswith(".safetensors"):
-        return cfg
+def averaged_weights(path: str) -> dict[str, Tensor] | None:
+    """The averaged weights (``ema``) in the file of an official training run, None if it is no such file."""
+    if path.endswith(".safetensors"):
+        return None
     with torch.serialization.safe_globals([argparse.Namespace]):
-        state = torch.load(cfg.file, map_location="cpu", weights_only=True)
-    return replace(cfg, state_dict=state["ema"]) if "ema" in state else cfg
+        return torch.load(path, map_location="cpu", weights_only=True).get("ema")
+
+
+def averaged(cfg: Any) -> Any:
+    """The same configuration; for the file of a training run, with its averaged weights in it."""
+    if not cfg.file or cfg.state_dict or cfg.source in ("local-dir", "hf-hub"):
+        return cfg
+    state = averaged_weights(cfg.file)
+    return cfg if state is None else replace(cfg, state_dict=state)
 
 
 def register_dit(name: str, in_chans: int, **sizes: Any) -> str:

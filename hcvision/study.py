@@ -11,6 +11,8 @@ import time
 import weakref
 from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,33 +20,46 @@ import matplotlib
 import pytorch_lightning as pl
 import torch
 from matplotlib.figure import Figure
-from timm.models import get_model_input_config
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from hcvision.connections import parse_connection
 from hcvision.data import ImageData
-from hcvision.training import ImageClassifier, equip, keep_metrics, last_checkpoint, metrics_files
-
-COLUMNS = (
-    "variant",
-    "seed",
-    "start_top1",
-    "top1",
-    "top5",
-    "val_loss",
-    "train_loss",
-    "parameters",
-    "epochs",
-    "images",
-    "seconds",
+from hcvision.runs import equip, first_difference, keep_metrics, last_checkpoint, metrics_files, write_json
+from hcvision.sampling import Sampling, draw_samples, grid, read_samples
+from hcvision.scoring import (
+    Features,
+    Inception,
+    SmallClassifier,
+    compare,
+    look_at_data,
+    look_at_samples,
+    train_classifier,
 )
+from hcvision.training import ImageClassifier, ImageGenerator, TimmModule
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A column of the table: its name in results.csv, its heading, and how its values are shown."""
+
+    name: str
+    heading: str
+    factor: float = 1.0
+    digits: int = 2
+    paired: bool = True  # with a column of differences to the first variant
+
+    def show(self, values: list[float], sign: str = "") -> str:
+        return f"{self.factor * statistics.mean(values):{sign}.{self.digits}f}"
+
+
+TOP1 = Metric("top1", "top-1 %", 100.0)
 COLORS = ("#444444", "#d1495b", "#00798c", "#edae49", "#66a182", "#8d5b9e", "#2e4057", "#b8b8b8")
 
 
 class Study:
-    """Train every variant with every seed and report.
+    """Train every variant with every seed and report: image classification.
 
     Args:
         out: folder of the study: a folder per cell, and report.md, results.csv, curves.png.
@@ -60,6 +75,15 @@ class Study:
         ValueError: an unknown variant, a variant or seed named twice, or a folder with cells that were
             run with other settings.
     """
+
+    module: type[TimmModule] = ImageClassifier
+    metrics: tuple[Metric, ...] = (TOP1,)
+    columns: tuple[str, ...] = ("start_top1", "top1", "top5", "val_loss", "train_loss")
+    curves: tuple[tuple[str, str, float], ...] = (
+        ("val_top1", "validation top-1, %", 100.0),
+        ("train_loss", "training loss", 1.0),
+    )
+    measured = "top-1"
 
     def __init__(
         self,
@@ -85,8 +109,8 @@ class Study:
     def cell_folder(self, variant: str, seed: int) -> Path:
         return self.out / variant / f"seed{seed}"
 
-    def build_model(self, variant: str, num_classes: int) -> ImageClassifier:
-        return ImageClassifier(connection=variant, num_classes=num_classes, **self.model)
+    def build_model(self, variant: str, num_classes: int, seed: int) -> Any:
+        return self.module(connection=variant, num_classes=num_classes, **self.model)
 
     def run(self, say: Callable[[str], None] = print) -> Path:
         """Run what is missing and write the report. Returns the path of report.md."""
@@ -99,7 +123,8 @@ class Study:
                 say(f"[{number}/{len(cells)}] {variant}, seed {seed}")
                 done = self.run_cell(variant, seed)
             else:
-                say(f"[{number}/{len(cells)}] {variant}, seed {seed}: done before, top-1 {100 * done['top1']:.2f} %")
+                known = ", ".join(f"{metric.heading} {metric.show([done[metric.name]])}" for metric in self.metrics)
+                say(f"[{number}/{len(cells)}] {variant}, seed {seed}: done before, {known}")
             results.append(done)
         costs = self.costs(say)
         return self.report(results, costs)
@@ -124,40 +149,44 @@ class Study:
         folder, began = self.cell_folder(variant, seed), time.monotonic()
         pl.seed_everything(seed, workers=True, verbose=False)
         data = ImageData(**self.data, seed=seed)
-        model = self.build_model(variant, data.num_classes)
+        model = self.build_model(variant, data.num_classes, seed)
         data.prepare_data()
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "settings.json", self.settings)
         keep_metrics(folder)
         quiet = {"enable_model_summary": False, "num_sanity_val_steps": 0}
-        trainer = pl.Trainer(**equip(folder, {**quiet, **self.trainer}, f"{variant} seed {seed}"))
+        trainer = pl.Trainer(**equip(folder, {**quiet, **self.trainer}, f"{variant} seed {seed}", model.monitor))
         checkpoint = last_checkpoint(folder)
         start = self.score_start(folder / "start.json", model, data)
         trainer.fit(model, data, ckpt_path=checkpoint, weights_only=True)
         if trainer.interrupted:
             raise KeyboardInterrupt
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        if "val_top1" not in metrics:
+        if model.monitor[0] not in metrics:
             metrics = {name: float(value) for name, value in trainer.validate(model, data, verbose=False)[0].items()}
+        epochs, steps = trainer.current_epoch, trainer.global_step
         result = {
             "variant": variant,
             "seed": seed,
             "start_top1": start,
-            "top1": metrics["val_top1"],
-            "top5": metrics.get("val_top5"),
             "val_loss": metrics["val_loss"],
             "train_loss": metrics.get("train_loss"),
+            **self.score(folder, model, metrics),
             "parameters": sum(parameter.numel() for parameter in model.model.parameters()),
-            "epochs": trainer.current_epoch,
-            "images": trainer.global_step * data.batch_size * trainer.world_size * trainer.accumulate_grad_batches,
+            "epochs": epochs,
+            "images": steps * data.batch_size * trainer.world_size * trainer.accumulate_grad_batches,
             "seconds": round(time.monotonic() - began, 1),
         }
         write_json(folder / "result.json", result)
         return result
 
-    def score_start(self, path: Path, model: ImageClassifier, data: ImageData) -> float | None:
+    def score(self, folder: Path, model: Any, metrics: dict[str, float]) -> dict[str, float | None]:
+        """What the table wants to know of a trained cell."""
+        return {"top1": metrics["val_top1"], "top5": metrics.get("val_top5")}
+
+    def score_start(self, path: Path, model: Any, data: ImageData) -> float | None:
         """Top-1 before the first step, for weights that come from somewhere (``init_from``, ``pretrained``)."""
-        if not (self.model.get("init_from") or self.model.get("pretrained")):
+        if not (self.model.get("init_from") or self.model.get("pretrained")) or "start_top1" not in self.columns:
             return None
         if not path.is_file():
             quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
@@ -179,10 +208,10 @@ class Study:
         steps = {}
         for variant in self.variants:
             torch.manual_seed(0)
-            model = self.build_model(variant, data.num_classes).model.to(device)
-            images = torch.randn(data.batch_size, *get_model_input_config(model)["input_size"], device=device)
+            module = self.build_model(variant, data.num_classes, 0).to(device)
+            images = torch.randn(data.batch_size, *module.data_config["input_size"], device=device)
             targets = torch.randint(data.num_classes, (data.batch_size,), device=device)
-            steps[variant] = training_step(model, images, targets, str(self.trainer.get("precision", "32")))
+            steps[variant] = training_step(module, (images, targets), str(self.trainer.get("precision", "32")))
         times = interleaved_ratios(steps, self.timing_rounds, device)
         peaks = {variant: peak_memory(step, device) for variant, step in steps.items()}
         costs = {v: {"time": times[v], "memory": peaks[v] / peaks[self.variants[0]]} for v in self.variants}
@@ -192,123 +221,227 @@ class Study:
     def report(self, results: list[dict[str, Any]], costs: dict[str, dict[str, float]]) -> Path:
         """Write results.csv, curves.png and report.md."""
         with (self.out / "results.csv").open("w", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS)
+            columns = ("variant", "seed", *self.columns, "parameters", "epochs", "images", "seconds")
+            writer = csv.DictWriter(file, columns, extrasaction="ignore")
             writer.writeheader()
             writer.writerows(results)
-        draw_curves({v: [read_curve(self.cell_folder(v, s)) for s in self.seeds] for v in self.variants}).savefig(
-            self.out / "curves.png", dpi=150
-        )
+        runs = {v: [read_curve(self.cell_folder(v, s), self.curves) for s in self.seeds] for v in self.variants}
+        draw_curves(runs, self.curves).savefig(self.out / "curves.png", dpi=150)
         first = results[0]
         trained = f"{first['epochs']} epochs, {first['images']:,} images each"
         lines = [
             f"# {self.title}", "",
             f"{self.data['dataset']}, {self.model['model']}, {trained}, seeds {', '.join(map(str, self.seeds))}.", "",
-            *table(results, costs, self.variants), "",
-            *notes(self.variants, self.seeds, costs), "",
-            "![validation accuracy and training loss](curves.png)", "",
+            *table(results, costs, self.variants, self.metrics), "",
+            *self.notes(costs), "",
+            f"![{' and '.join(label for _, label, _ in self.curves)}](curves.png)", "",
         ]  # fmt: skip
         path = self.out / "report.md"
         path.write_text("\n".join(lines))
         return path
 
+    def notes(self, costs: dict[str, dict[str, float]]) -> list[str]:
+        """What the reader of the table has to know."""
+        first, what = self.variants[0], self.measured
+        if len(self.seeds) > 1:
+            lines = [
+                f"{what[0].upper()}{what[1:]}: the mean over {len(self.seeds)} seeds ± their standard deviation, after "
+                f"the last epoch; the difference to {first} is paired by seed, ± its standard error."
+            ]
+        else:
+            lines = [
+                f"{what[0].upper()}{what[1:]} after the last epoch. One seed has no spread: a difference here can be "
+                "luck, a study with several seeds (`seeds` in its config) tells."
+            ]
+        if costs:
+            lines.append(
+                f"Step time (forward, backward and AdamW, eager, variants interleaved in one process, median) and "
+                f"peak memory of a training step are ratios to {first}."
+            )
+        return lines
 
-def table(results: list[dict[str, Any]], costs: dict[str, dict[str, float]], variants: list[str]) -> list[str]:
+
+class GenerationStudy(Study):
+    """Train every variant with every seed, draw images with each, score them, and report: diffusion.
+
+    Args:
+        out: folder of the study: a folder per cell, and report.md, results.csv, curves.png, samples.png.
+        title: headline of the report.
+        variants: connections to compare. Differences are to the first.
+        seeds: of the initial weights, the order of the images, the times and the noise.
+        model: arguments of ``ImageGenerator``, without connection, num_classes and seed.
+        data: arguments of ``ImageData``, without seed.
+        trainer: arguments of Lightning's Trainer.
+        timing_rounds: rounds of the interleaved step-time measurement; 0 leaves it out.
+        sampling: how images are drawn for the scores.
+        samples: images drawn per cell, as many of each class.
+        sample_batch: images drawn at a time.
+        real_images: training images that they are compared with.
+        inception: file of Inception's weights, for the FID; without it a small classifier, trained on the same data
+            and kept in ``out/classifier``, sees the images.
+        classifier_epochs: of its training.
+
+    Raises:
+        ValueError: an unknown variant, a variant or seed named twice, or a folder with cells that were
+            run with other settings.
+    """
+
+    module = ImageGenerator
+    columns = ("distance", "accuracy", "score", "precision", "recall", "val_loss", "train_loss")
+    curves = (("val_loss", "validation loss", 1.0), ("train_loss", "training loss", 1.0))
+    measured = "scores and loss"
+
+    def __init__(
+        self,
+        out: str,
+        variants: list[str],
+        seeds: list[int],
+        model: dict[str, Any],
+        data: dict[str, Any],
+        trainer: dict[str, Any],
+        title: str = "Connections compared",
+        timing_rounds: int = 15,
+        sampling: Sampling | None = None,
+        samples: int = 2000,
+        sample_batch: int = 100,
+        real_images: int = 10000,
+        inception: str | None = None,
+        classifier_epochs: int = 3,
+    ):
+        super().__init__(out, variants, seeds, model, data, trainer, title, timing_rounds)
+        self.sampling, self.samples, self.sample_batch = sampling or Sampling(), samples, sample_batch
+        self.real_images, self.inception, self.classifier_epochs = real_images, inception, classifier_epochs
+        self.settings |= {"sampling": asdict(self.sampling), "samples": samples, "real_images": real_images}
+
+    @property
+    def metrics(self) -> tuple[Metric, ...]:  # type: ignore[override]
+        distance = Metric("distance", "FID" if self.inception else "Fréchet distance")
+        accuracy = () if self.inception else (Metric("accuracy", "class %", 100.0, 1, paired=False),)
+        return (distance, *accuracy, Metric("val_loss", "val loss", digits=4))
+
+    def build_model(self, variant: str, num_classes: int, seed: int) -> Any:
+        return self.module(connection=variant, num_classes=num_classes, seed=seed, **self.model)
+
+    @cached_property
+    def extractor(self) -> Inception | SmallClassifier:
+        device = "cuda" if torch.cuda.is_available() and self.trainer.get("accelerator", "auto") != "cpu" else "cpu"
+        if self.inception:
+            return Inception(self.inception, device)
+        folder = self.out / "classifier"
+        train_classifier(folder, self.data, self.input_size, self.trainer, self.classifier_epochs)
+        return SmallClassifier(folder, device)
+
+    @cached_property
+    def input_size(self) -> tuple[int, int, int]:
+        return self.build_model(self.variants[0], ImageData(**self.data).num_classes, 0).data_config["input_size"]
+
+    @cached_property
+    def real(self) -> Features:
+        return look_at_data(self.extractor, ImageData(**self.data), "train", self.input_size, self.real_images)
+
+    def score(self, folder: Path, model: Any, metrics: dict[str, float]) -> dict[str, float | None]:
+        classes = range(model.hparams["num_classes"])
+        names = ("accelerator", "devices", "strategy", "precision", "num_nodes", "enable_progress_bar")
+        trainer = {name: self.trainer[name] for name in names if name in self.trainer}
+        draw_samples(model, folder / "samples", self.sampling, self.samples, classes, self.sample_batch, trainer)
+        return {**compare(look_at_samples(self.extractor, folder / "samples", self.samples), self.real)}
+
+    def report(self, results: list[dict[str, Any]], costs: dict[str, dict[str, float]]) -> Path:
+        shown = {v: read_samples(self.cell_folder(v, self.seeds[0]) / "samples" / "parts", 30) for v in self.variants}
+        draw_rows(shown, columns=10).savefig(self.out / "samples.png", dpi=150)
+        path = super().report(results, costs)
+        lines = [
+            "![samples of each variant](samples.png)",
+            "",
+            f"Samples of seed {self.seeds[0]}, one column per class.",
+            "",
+        ]
+        path.write_text(path.read_text() + "\n".join(lines))
+        return path
+
+    def notes(self, costs: dict[str, dict[str, float]]) -> list[str]:
+        held_out = look_at_data(self.extractor, ImageData(**self.data), "val", self.input_size, self.samples)
+        yardstick = compare(held_out, self.real)
+        plan = self.sampling
+        guidance = f"guidance {plan.guidance:g}" if plan.guidance != 1 else "no guidance"
+        lines = [
+            f"{self.extractor.distance}: {self.samples:,} samples (seed {plan.seed}, {guidance}) against "
+            f"{len(self.real.features):,} training images, on the features of {self.extractor.name}; as many held-out "
+            f"real images score {yardstick['distance']:.2f}."
+        ]
+        if not self.inception:
+            lines[0] += " It is no FID, and compares with nothing outside this table."
+            lines[0] += " class %: samples that the classifier takes for the class they were drawn as."
+        return [*lines, *super().notes(costs)]
+
+
+def table(
+    results: list[dict[str, Any]],
+    costs: dict[str, dict[str, float]],
+    variants: list[str],
+    metrics: tuple[Metric, ...] = (TOP1,),
+) -> list[str]:
     """The report's table in Markdown, aligned so that it reads well in a terminal too."""
-    top1 = {v: {r["seed"]: 100 * r["top1"] for r in results if r["variant"] == v} for v in variants}
+    cells = {(r["variant"], r["seed"]): r for r in results}
+    seeds = sorted({seed for _, seed in cells})
     parameters = {r["variant"]: r["parameters"] for r in results}
     first = variants[0]
     starts = {
-        v: [100 * r["start_top1"] for r in results if r["variant"] == v and r.get("start_top1") is not None]
-        for v in variants
+        v: [cells[v, s]["start_top1"] for s in seeds if cells[v, s].get("start_top1") is not None] for v in variants
     }
-    header = ["variant", "top-1 %", f"minus {first}", "parameters"]
-    header += ["step time", "memory"] if costs else []
+    header = ["variant"] + (["at start %"] if any(starts.values()) else [])
+    for metric in metrics:
+        header += [metric.heading] + ([f"minus {first}"] if metric.paired else [])
+    header += ["parameters"] + (["step time", "memory"] if costs else [])
     rows = []
     for variant in variants:
-        values = list(top1[variant].values())
-        mean = f"{statistics.mean(values):.2f}" + (f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else "")
-        row = [variant, mean, "", f"{parameters[variant]:,}"]
+        row = [variant] + ([TOP1.show(starts[variant])] if any(starts.values()) else [])
+        for metric in metrics:
+            values = [cells[variant, seed][metric.name] for seed in seeds]
+            spread = f" ± {metric.factor * statistics.stdev(values):.{metric.digits}f}" if len(seeds) > 1 else ""
+            row.append(metric.show(values) + spread)
+            if metric.paired and variant == first:
+                row.append("")
+            elif metric.paired:
+                differences = [cells[variant, seed][metric.name] - cells[first, seed][metric.name] for seed in seeds]
+                row.append(metric.show(differences, "+"))
+                if len(seeds) > 1:
+                    error = metric.factor * statistics.stdev(differences) / len(seeds) ** 0.5
+                    row[-1] += f" ± {error:.{metric.digits}f}"
+        row.append(f"{parameters[variant]:,}")
         if variant != first:
-            differences = [top1[variant][seed] - top1[first][seed] for seed in top1[variant]]
-            row[2] = f"{statistics.mean(differences):+.2f}"
-            if len(differences) > 1:
-                row[2] += f" ± {statistics.stdev(differences) / len(differences) ** 0.5:.2f}"
-            row[3] += f" (+{100 * (parameters[variant] / parameters[first] - 1):.2f} %)"
+            row[-1] += f" (+{100 * (parameters[variant] / parameters[first] - 1):.2f} %)"
         if costs:
             row += [f"{costs[variant]['time']:.2f} x", f"{costs[variant]['memory']:.2f} x"]
-        if any(starts.values()):
-            row.insert(1, f"{statistics.mean(starts[variant]):.2f}")
         rows.append(row)
-    if any(starts.values()):
-        header.insert(1, "at start %")
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-    cells = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in [header, *rows]]
-    cells.insert(1, ["-" * width for width in widths])
-    return [f"| {' | '.join(row)} |" for row in cells]
+    lines = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in [header, *rows]]
+    lines.insert(1, ["-" * width for width in widths])
+    return [f"| {' | '.join(line)} |" for line in lines]
 
 
-def notes(variants: list[str], seeds: list[int], costs: dict[str, dict[str, float]]) -> list[str]:
-    first = variants[0]
-    if len(seeds) > 1:
-        lines = [
-            f"top-1 is the mean over {len(seeds)} seeds ± their standard deviation, after the last epoch; the "
-            f"difference to {first} is paired by seed, ± its standard error."
-        ]
-    else:
-        lines = [
-            "top-1 after the last epoch. One seed has no spread: a difference here can be luck, "
-            "a study with several seeds (`seeds` in its config) tells."
-        ]
-    if costs:
-        lines.append(
-            f"Step time (forward, backward and AdamW, eager, variants interleaved in one process, median) and "
-            f"peak memory of a training step are ratios to {first}."
-        )
-    return lines
-
-
-def first_difference(there: Any, here: Any, name: str = "") -> str | None:
-    """The first difference between two trees of plain values, in words, or None."""
-    if isinstance(there, dict) and isinstance(here, dict):
-        for key in sorted({*there, *here}):
-            difference = first_difference(there.get(key), here.get(key), f"{name}.{key}" if name else key)
-            if difference:
-                return difference
-        return None
-    return None if there == here else f"{name} is {there!r} there and {here!r} here"
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write it whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(value, indent=1))
-    partial.replace(path)
-
-
-def read_curve(folder: Path) -> dict[str, list[float]]:
-    """Validation top-1 in percent and training loss by epoch, from a cell's metrics.csv."""
-    curve: dict[str, dict[int, float]] = {"val_top1": {}, "train_loss": {}}
+def read_curve(folder: Path, curves: tuple[tuple[str, str, float], ...] = Study.curves) -> dict[str, list[float]]:
+    """Metrics by epoch, from a cell's metrics.csv; ``curves`` are their names, labels and factors."""
+    curve: dict[str, dict[int, float]] = {name: {} for name, _, _ in curves}
     for path in metrics_files(folder):
         with path.open() as file:
             for row in csv.DictReader(file):
-                for name, points in curve.items():
+                for name, _, factor in curves:
                     if row.get(name):
-                        points[int(row["epoch"])] = float(row[name]) * (100 if name == "val_top1" else 1)
+                        curve[name][int(row["epoch"])] = float(row[name]) * factor
     return {name: [points[epoch] for epoch in sorted(points)] for name, points in curve.items()}
 
 
-def draw_curves(curves: dict[str, list[dict[str, list[float]]]]) -> Figure:
-    """Validation accuracy and training loss by epoch, mean over seeds, with the range as a band."""
+def draw_curves(runs: dict[str, list[dict[str, list[float]]]], curves: tuple[tuple[str, str, float], ...]) -> Figure:
+    """Each variant's metrics by epoch, mean over seeds, with the range as a band."""
     with matplotlib.rc_context({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False}):
         figure = Figure(figsize=(10, 4), layout="constrained")
-        panels = (("val_top1", "validation top-1, %"), ("train_loss", "training loss"))
-        for axes, (name, label) in zip(figure.subplots(1, 2), panels, strict=True):
-            for color, (variant, runs) in zip(COLORS * 9, curves.items(), strict=False):
-                by_epoch = list(zip(*(run[name] for run in runs), strict=False))
+        for axes, (name, label, _) in zip(figure.subplots(1, len(curves)), curves, strict=True):
+            for color, (variant, seeds) in zip(COLORS * 9, runs.items(), strict=False):
+                by_epoch = list(zip(*(run[name] for run in seeds), strict=False))
                 epochs = range(1, len(by_epoch) + 1)
                 axes.plot(epochs, [statistics.mean(p) for p in by_epoch], color=color, label=variant, marker=".")
-                if len(runs) > 1:
+                if len(seeds) > 1:
                     axes.fill_between(
                         epochs, list(map(min, by_epoch)), list(map(max, by_epoch)), color=color, alpha=0.15
                     )
@@ -320,14 +453,30 @@ def draw_curves(curves: dict[str, list[dict[str, list[float]]]]) -> Figure:
         return figure
 
 
-def training_step(model: torch.nn.Module, images: Tensor, targets: Tensor, precision: str) -> Callable[[], None]:
+def draw_rows(images: dict[str, Tensor], columns: int) -> Figure:
+    """Each variant's images (N, H, W, C) uint8, in rows of ``columns``."""
+    with matplotlib.rc_context({"font.size": 11}):
+        rows = max(-(-len(these) // columns) for these in images.values())
+        figure = Figure(figsize=(8, 0.8 * rows * len(images)), layout="constrained")
+        for axes, (variant, these) in zip(
+            figure.subplots(len(images), squeeze=False)[:, 0], images.items(), strict=True
+        ):
+            axes.imshow(grid(these, columns).permute(1, 2, 0).numpy())
+            axes.set_ylabel(variant)
+            axes.set_xticks([])
+            axes.set_yticks([])
+            axes.spines[:].set_visible(False)
+        return figure
+
+
+def training_step(module: TimmModule, batch: tuple[Tensor, Tensor], precision: str) -> Callable[[], None]:
     """A training step as a function: forward, backward, AdamW."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    optimizer = torch.optim.AdamW(module.model.parameters(), lr=1e-4)
     dtype = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(precision)
 
     def step() -> None:
-        with torch.autocast(images.device.type, dtype, enabled=dtype is not None):
-            loss = torch.nn.functional.cross_entropy(model(images), targets)
+        with torch.autocast(batch[0].device.type, dtype, enabled=dtype is not None):
+            loss = module.batch_loss(batch)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -1,22 +1,16 @@
-"""Lightning modules around timm models."""
+"""Lightning modules around timm models: classification and diffusion."""
 
 import difflib
-import pickle
-import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytorch_lightning as pl
 import timm
 import torch
-from pytorch_lightning.callbacks import (
-    EMAWeightAveraging,
-    LearningRateMonitor,
-    ModelCheckpoint,
-    ProgressBar,
-    TQDMProgressBar,
-)
-from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
+from pytorch_lightning.callbacks import EMAWeightAveraging
+from pytorch_lightning.loggers import TensorBoardLogger
 from timm.data import Mixup, resolve_model_data_config
 from timm.loss import SoftTargetCrossEntropy
 from timm.models import get_model_input_config, load_state_dict
@@ -29,18 +23,21 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from hcvision.connections import Connection
 from hcvision.convert import checkpoint_filter_fn, create_model
-from hcvision.dit import DiT
+from hcvision.diffusion import OBJECTIVES, SeededNoise, check_sampler, guide
+from hcvision.dit import DiT, averaged_weights
+from hcvision.latents import decode, load_vae
+from hcvision.sampling import Sampling, columns_of, enlarge, grid, to_uint8
 
 SCHEDULES = ("cosine", "tanh", "poly", "step", "multistep", "wsd", "constant")
 
 
-class ImageClassifier(pl.LightningModule):
-    """A timm model, its optimizer and schedule, and the loss and accuracy of image classification.
+class TimmModule(pl.LightningModule):
+    """What every task shares: a timm model, the weights it starts from, its optimizer, schedule and average.
 
     Args:
         model: timm name, ours included, with or without a pretrained tag.
         connection: ``dhc2``, ``sfc4``, ... instead of residual adds; None leaves the model as named.
-        num_classes: size of the head.
+        num_classes: classes of the data.
         model_args: more arguments of ``timm.create_model``: img_size, drop_path_rate, ...
         pretrained: load timm's weights of ``model``.
         init_from: file with weights to start from: a checkpoint of ours, .safetensors or .pth. A head
@@ -58,16 +55,15 @@ class ImageClassifier(pl.LightningModule):
         warmup_lr: learning rate at the start of the warm-up.
         min_lr: learning rate at the end of the schedule.
         sched_args: more arguments of timm's schedule, in epochs: decay_epochs, decay_rate, ...
-        label_smoothing: of the training targets.
-        mixup: alpha of mixup; 0 turns it off.
-        cutmix: alpha of cutmix; 0 turns it off.
-        mixup_prob: probability of either, per batch.
         ema_decay: evaluate and save an exponential moving average of the weights.
         compile: run the model through torch.compile.
 
     Raises:
         ValueError: an unknown model, optimizer or schedule, with the nearest names.
     """
+
+    monitor = ("val_loss", "min")  # what the best checkpoint is chosen by
+    identity: tuple[str, ...] = ("model", "connection", "num_classes", "model_args")  # of a checkpoint
 
     def __init__(
         self,
@@ -89,10 +85,6 @@ class ImageClassifier(pl.LightningModule):
         warmup_lr: float = 0.0,
         min_lr: float = 0.0,
         sched_args: dict[str, Any] | None = None,
-        label_smoothing: float = 0.0,
-        mixup: float = 0.0,
-        cutmix: float = 0.0,
-        mixup_prob: float = 1.0,
         ema_decay: float | None = None,
         compile: bool = False,
     ):
@@ -110,86 +102,41 @@ class ImageClassifier(pl.LightningModule):
         self.model = create_model(
             model, connection, pretrained=pretrained, num_classes=num_classes, **(model_args or {})
         )
-        if isinstance(self.model, DiT):
-            raise ValueError(f"{model} is a diffusion model, which classifies nothing; vit_* and the like do")
+        self.check_model(model)
         # the pretrained weights' view of images, at the size and channels this model was built for
         self.data_config = resolve_model_data_config(self.model)
         self.data_config["input_size"] = get_model_input_config(self.model)["input_size"]
         if init_from is not None:
             self.load_weights(init_from)
-        self.mixup = None
-        if mixup > 0 or cutmix > 0:
-            self.mixup = Mixup(
-                mixup_alpha=mixup,
-                cutmix_alpha=cutmix,
-                prob=mixup_prob,
-                label_smoothing=label_smoothing,
-                num_classes=num_classes,
-            )
-        self.loss = SoftTargetCrossEntropy() if self.mixup else nn.CrossEntropyLoss(label_smoothing=label_smoothing)
-        accuracy = {
-            f"top{k}": MulticlassAccuracy(num_classes, top_k=k, average="micro") for k in (1, 5) if k <= num_classes
-        }
-        self.train_top1 = MulticlassAccuracy(num_classes, average="micro")
-        self.val_metrics = MetricCollection(dict(accuracy), prefix="val_")
-        self.test_metrics = MetricCollection(dict(accuracy), prefix="test_").clone()
-        self.val_loss, self.test_loss = MeanMetric(), MeanMetric()
+
+    def check_model(self, name: str) -> None:
+        """Raise ValueError when the model is of another task."""
+
+    def batch_loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        """The loss of a batch as in training, a scalar."""
+        raise NotImplementedError
 
     def configure_callbacks(self) -> list[pl.Callback]:
         decay = self.hparams["ema_decay"]
         return [] if decay is None else [EMAWeightAveraging(decay=decay)]
 
     def setup(self, stage: str) -> None:
-        data = getattr(self.trainer, "datamodule", None)
-        classes = getattr(data, "num_classes", None)
+        classes = getattr(self.data, "num_classes", None)
         if classes is not None and classes != self.hparams["num_classes"]:
             raise ValueError(f"num_classes must be {classes}, as in the data, got {self.hparams['num_classes']}")
-        batch_size = getattr(data, "batch_size", 0)
-        if stage == "fit" and self.mixup is not None and batch_size % 2:
-            raise ValueError(f"batch_size must be even for mixup and cutmix, got {batch_size}")
         if self.hparams["compile"]:
             self.model.compile()
 
-    def forward(self, images: Tensor) -> Tensor:
-        return self.model(images)
+    @property
+    def data(self) -> Any:
+        """The data module of the trainer, or None."""
+        return getattr(self.trainer, "datamodule", None)
 
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor | None:
-        images, targets = batch
-        if len(images) == 0:
-            return None
-        if self.mixup is not None and len(images) % 2 == 0:
-            images, mixed = self.mixup(images, targets)
-            loss = self.loss(self(images), mixed)
-        elif self.mixup is not None:  # a bad image was left out
-            loss = nn.functional.cross_entropy(self(images), targets)
-        else:
-            logits = self(images)
-            loss = self.loss(logits, targets)
-            self.train_top1(logits, targets)
-            self.log("train_top1", self.train_top1, on_step=False, on_epoch=True)
-        self.log("loss", loss, on_step=True, prog_bar=True)
-        self.log("train_loss", loss, on_step=False, on_epoch=True, batch_size=len(images), sync_dist=True)
-        return loss
-
-    def _evaluate(self, batch: tuple[Tensor, Tensor], metrics: MetricCollection, mean_loss: MeanMetric, stage: str):
-        images, targets = batch
-        if len(images) == 0:
-            return
-        logits = self(images).float()
-        metrics.update(logits, targets)
-        mean_loss.update(nn.functional.cross_entropy(logits, targets), weight=len(targets))
-        self.log_dict(dict(metrics.items()), on_step=False, on_epoch=True, batch_size=len(targets))
-        self.log(f"{stage}_loss", mean_loss, on_step=False, on_epoch=True, batch_size=len(targets))
-
-    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        self._evaluate(batch, self.val_metrics, self.val_loss, "val")
-
-    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        self._evaluate(batch, self.test_metrics, self.test_loss, "test")
-
-    def predict_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        """Class probabilities, (B, num_classes)."""
-        return self(batch[0]).float().softmax(-1)
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add how the images were prepared and what the classes are called."""
+        if hasattr(self.data, "data_config"):
+            config = {key: list(v) if isinstance(v, tuple) else v for key, v in self.data.data_config().items()}
+            checkpoint["data_config"], checkpoint["class_names"] = config, self.data.class_names
 
     def configure_optimizers(self) -> Any:
         hparams = self.hparams
@@ -233,6 +180,12 @@ class ImageClassifier(pl.LightningModule):
     def lr_scheduler_step(self, scheduler: Scheduler, metric: Any) -> None:  # type: ignore[override]
         scheduler.step_update(self.trainer.global_step)
 
+    @property
+    def head_names(self) -> tuple[str, ...]:
+        """Prefixes of what belongs to the classes, and may have another size in a file of weights."""
+        head: Any = self.model.pretrained_cfg["classifier"]  # type: ignore[index]
+        return tuple(f"{name}." for name in ([head] if isinstance(head, str) else head or []))
+
     def load_weights(self, path: str) -> list[str]:
         """Load the weights of a file into the model; what is missing beside connections and head is an error.
 
@@ -240,14 +193,13 @@ class ImageClassifier(pl.LightningModule):
             Names of parameters that keep their initial values: the connections of a residual
             checkpoint, the head of one with other classes.
         """
-        state = load_state_dict(path, use_ema=True)
+        state = averaged_weights(path) or load_state_dict(path, use_ema=True)
         if any(name.startswith("model.") for name in state):
             state = {name.removeprefix("model."): value for name, value in state.items() if name.startswith("model.")}
         given = set(state)
         state = checkpoint_filter_fn(state, self.model)
         own = self.model.state_dict()
-        head: Any = self.model.pretrained_cfg["classifier"]  # type: ignore[index]
-        heads = tuple(f"{name}." for name in ([head] if isinstance(head, str) else head or []))
+        heads = self.head_names
         for name in [n for n in state if n.startswith(heads) and n in own and own[n].shape != state[n].shape]:
             del state[name]
         difference = compare_states(own, state, ignore=heads)
@@ -259,7 +211,7 @@ class ImageClassifier(pl.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Raise ValueError when the checkpoint is of another architecture."""
         theirs = checkpoint.get("hyper_parameters", {})
-        for name in ("model", "connection", "num_classes", "model_args"):
+        for name in self.identity:
             if name in theirs and theirs[name] != self.hparams[name]:
                 raise ValueError(
                     f"the checkpoint is of another architecture: {name} is {theirs[name]!r} there and "
@@ -268,6 +220,291 @@ class ImageClassifier(pl.LightningModule):
         difference = compare_states(self.state_dict(), checkpoint["state_dict"])
         if difference:
             raise ValueError(f"the checkpoint is of another architecture: {difference}")
+
+
+class ImageClassifier(TimmModule):
+    """Image classification: loss, accuracy, mixup and cutmix, and all of ``TimmModule``.
+
+    Args:
+        model: timm name, ours included, with or without a pretrained tag.
+        label_smoothing: of the training targets.
+        mixup: alpha of mixup; 0 turns it off.
+        cutmix: alpha of cutmix; 0 turns it off.
+        mixup_prob: probability of either, per batch.
+        **kwargs: the arguments of ``TimmModule``: connection, num_classes, lr, ...
+
+    Raises:
+        ValueError: an unknown model, optimizer or schedule, with the nearest names.
+    """
+
+    monitor = ("val_top1", "max")
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        label_smoothing: float = 0.0,
+        mixup: float = 0.0,
+        cutmix: float = 0.0,
+        mixup_prob: float = 1.0,
+        **kwargs: Any,
+    ):
+        super().__init__(model, **kwargs)
+        classes = self.hparams["num_classes"]
+        self.mixup = None
+        if mixup > 0 or cutmix > 0:
+            self.mixup = Mixup(
+                mixup_alpha=mixup,
+                cutmix_alpha=cutmix,
+                prob=mixup_prob,
+                label_smoothing=label_smoothing,
+                num_classes=classes,
+            )
+        self.loss = SoftTargetCrossEntropy() if self.mixup else nn.CrossEntropyLoss(label_smoothing=label_smoothing)
+        accuracy = {f"top{k}": MulticlassAccuracy(classes, top_k=k, average="micro") for k in (1, 5) if k <= classes}
+        self.train_top1 = MulticlassAccuracy(classes, average="micro")
+        self.val_metrics = MetricCollection(dict(accuracy), prefix="val_")
+        self.test_metrics = MetricCollection(dict(accuracy), prefix="test_").clone()
+        self.val_loss, self.test_loss = MeanMetric(), MeanMetric()
+
+    def check_model(self, name: str) -> None:
+        if isinstance(self.model, DiT):
+            raise ValueError(
+                f"{name} is a diffusion model, which classifies nothing; vit_* and the like do "
+                "(`--task generate` trains it)"
+            )
+
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        batch_size = getattr(self.data, "batch_size", 0)
+        if stage == "fit" and self.mixup is not None and batch_size % 2:
+            raise ValueError(f"batch_size must be even for mixup and cutmix, got {batch_size}")
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.model(images)
+
+    def batch_loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return nn.functional.cross_entropy(self(batch[0]), batch[1])
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor | None:
+        images, targets = batch
+        if len(images) == 0:
+            return None
+        if self.mixup is not None and len(images) % 2 == 0:
+            images, mixed = self.mixup(images, targets)
+            loss = self.loss(self(images), mixed)
+        elif self.mixup is not None:  # a bad image was left out
+            loss = nn.functional.cross_entropy(self(images), targets)
+        else:
+            logits = self(images)
+            loss = self.loss(logits, targets)
+            self.train_top1(logits, targets)
+            self.log("train_top1", self.train_top1, on_step=False, on_epoch=True)
+        self.log("loss", loss, on_step=True, prog_bar=True)
+        self.log("train_loss", loss, on_step=False, on_epoch=True, batch_size=len(images), sync_dist=True)
+        return loss
+
+    def _evaluate(self, batch: tuple[Tensor, Tensor], metrics: MetricCollection, mean_loss: MeanMetric, stage: str):
+        images, targets = batch
+        if len(images) == 0:
+            return
+        logits = self(images).float()
+        metrics.update(logits, targets)
+        mean_loss.update(nn.functional.cross_entropy(logits, targets), weight=len(targets))
+        self.log_dict(dict(metrics.items()), on_step=False, on_epoch=True, batch_size=len(targets))
+        self.log(f"{stage}_loss", mean_loss, on_step=False, on_epoch=True, batch_size=len(targets))
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        self._evaluate(batch, self.val_metrics, self.val_loss, "val")
+
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        self._evaluate(batch, self.test_metrics, self.test_loss, "test")
+
+    def predict_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """Class probabilities, (B, num_classes)."""
+        return self(batch[0]).float().softmax(-1)
+
+
+class ImageGenerator(TimmModule):
+    """Diffusion: a DiT trained to predict noise or velocity, its pictures, and all of ``TimmModule``.
+
+    Times, noise and the dropped labels of a training batch depend on the seed, the epoch, the batch and the process
+    alone, so that a run that was resumed goes on with the same losses; those of an evaluation image on its number.
+
+    Args:
+        model: timm name of a DiT, for example ``dit_b_patch2_256``.
+        objective: ``ddpm`` or ``velocity``; see ``hcvision.diffusion``.
+        label_dropout: probability that a class is replaced by none, which guidance needs.
+        vae: name or folder of the VAE that made the latents; None for a model of pixels.
+        sample_every: epochs from one sample grid to the next; 0 draws none.
+        sample_count: images in a grid.
+        sample_steps: of the sampler, for grids.
+        sample_guidance: scale of classifier-free guidance, for grids.
+        seed: of times, noise and dropped labels.
+        lr: peak learning rate.
+        weight_decay: of matrices.
+        sched: schedule, by timm's name.
+        ema_decay: evaluate, draw with and save an exponential moving average of the weights.
+        **kwargs: the other arguments of ``TimmModule``: connection, num_classes, ...
+
+    Raises:
+        ValueError: an unknown model, objective, optimizer or schedule, with the nearest names.
+    """
+
+    identity = (*TimmModule.identity, "objective")
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        objective: str = "ddpm",
+        label_dropout: float = 0.1,
+        vae: str | None = None,
+        sample_every: int = 10,
+        sample_count: int = 32,
+        sample_steps: int = 50,
+        sample_guidance: float = 4.0,
+        seed: int = 0,
+        lr: float = 1e-4,
+        weight_decay: float = 0.0,
+        sched: str = "constant",
+        ema_decay: float | None = 0.9999,
+        **kwargs: Any,
+    ):
+        check_name("objective", objective, OBJECTIVES)
+        if not 0 <= label_dropout < 1:
+            raise ValueError(f"label_dropout must be at least 0 and below 1, got {label_dropout}")
+        super().__init__(model, lr=lr, weight_decay=weight_decay, sched=sched, ema_decay=ema_decay, **kwargs)
+        self.diffusion = OBJECTIVES[objective](clip=vae is None)
+        self.sampling = Sampling(steps=sample_steps, guidance=sample_guidance, seed=seed)
+        self.check_sampling(self.sampling)
+        self.on_sampling_step: Callable[[float], None] = lambda part: None
+        self.val_loss, self.test_loss = MeanMetric(), MeanMetric()
+        self.evaluated = 0
+
+    @property
+    def head_names(self) -> tuple[str, ...]:
+        return ("y_embedder.",)
+
+    def check_model(self, name: str) -> None:
+        if not isinstance(self.model, DiT):
+            raise ValueError(f"{name} is no diffusion model; dit_* are (`--task classify` trains it)")
+
+    def check_sampling(self, plan: Sampling) -> None:
+        """Raise ValueError when these settings do not work with this objective."""
+        check_sampler(plan.sampler or self.diffusion.samplers[0], self.diffusion.samplers)
+        self.diffusion.check_steps(plan.steps or self.diffusion.default_steps)
+        guide(self.model, torch.zeros(1), 0, plan.guidance, plan.guided_channels)
+
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        if not hasattr(self.data, "data_config"):
+            return
+        config = self.data.data_config()
+        if "vae" in config and self.hparams["vae"] is None:
+            raise ValueError(f"latents need the VAE that made them: --model.vae, {config['vae']!r} as the shards say")
+        if tuple(config["input_size"]) != tuple(self.data_config["input_size"]):
+            ours, theirs = tuple(self.data_config["input_size"]), tuple(config["input_size"])
+            raise ValueError(
+                f"the data are of size {theirs} and the model of {ours}; model_args has in_chans and img_size"
+            )
+        self.data_config = config
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        return self.model(x, t, y)
+
+    def batch_loss(self, batch: tuple[Tensor, Tensor], generator: torch.Generator | None = None) -> Tensor:
+        images, classes = batch
+        t = self.diffusion.draw_time(len(images), images.device, generator)
+        noise = torch.randn(images.shape, device=images.device, generator=generator)
+        dropped = torch.rand(len(images), device=images.device, generator=generator) < self.hparams["label_dropout"]
+        classes = torch.where(dropped, self.hparams["num_classes"], classes)
+        return self.diffusion.loss(self.model, images, classes, t, noise).mean()
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor | None:
+        images = batch[0]
+        if len(images) == 0:
+            return None
+        place = (self.hparams["seed"], self.current_epoch, batch_idx, self.global_rank)
+        state = int(np.random.SeedSequence(place).generate_state(1)[0])
+        loss = self.batch_loss(batch, torch.Generator(images.device).manual_seed(state))
+        self.log("loss", loss, on_step=True, prog_bar=True)
+        self.log("train_loss", loss, on_step=False, on_epoch=True, batch_size=len(images), sync_dist=True)
+        return loss
+
+    def _evaluate(self, batch: tuple[Tensor, Tensor], mean_loss: MeanMetric, stage: str) -> None:
+        images, classes = batch
+        if len(images) == 0:
+            return
+        numbers = (self.evaluated + torch.arange(len(images))) * self.trainer.world_size + self.global_rank
+        self.evaluated += len(images)
+        noise = SeededNoise(self.hparams["seed"], numbers.tolist())
+        t = torch.cat([self.diffusion.draw_time(1, "cpu", generator) for generator in noise.generators])
+        loss = self.diffusion.loss(self.model, images, classes, t.to(images.device), noise(images)).mean()
+        mean_loss.update(loss, weight=len(images))
+        self.log(f"{stage}_loss", mean_loss, on_step=False, on_epoch=True, batch_size=len(images))
+
+    def on_validation_epoch_start(self) -> None:  # here the averaged weights are in place
+        self.evaluated = 0
+        every, trainer = self.hparams["sample_every"], self.trainer
+        training = (
+            trainer.state.fn == "fit" and not trainer.sanity_checking and not getattr(trainer, "fast_dev_run", False)
+        )
+        if every and training and (trainer.current_epoch + 1) % every == 0:
+            self.draw_grid()
+
+    def on_test_epoch_start(self) -> None:
+        self.evaluated = 0
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        self._evaluate(batch, self.val_loss, "val")
+
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        self._evaluate(batch, self.test_loss, "test")
+
+    @torch.no_grad()
+    def generate(self, classes: Tensor, numbers: Sequence[int], plan: Sampling) -> Tensor:
+        """Images of classes (B,), uint8 (B, H, W, C); ``numbers`` say which noise each of them starts from."""
+        noise = SeededNoise(plan.seed, numbers)
+        shape = (len(classes), *self.data_config["input_size"])
+        predict = guide(self.model, classes, self.hparams["num_classes"], plan.guidance, plan.guided_channels)
+        steps = plan.steps or self.diffusion.default_steps
+        x = noise(torch.empty(shape, device=classes.device))
+        sampler = plan.sampler or self.diffusion.samplers[0]
+        for image in self.diffusion.sample(predict, x, steps=steps, sampler=sampler, draw=noise):
+            x = image
+            self.on_sampling_step(len(classes) / steps)
+        if self.hparams["vae"] is not None:
+            vae = load_vae(self.hparams["vae"]).to(classes.device)
+            return to_uint8(torch.cat([decode(vae, part) for part in x.split(8)]), (0.5,) * 3, (0.5,) * 3)
+        return to_uint8(x, self.data_config["mean"], self.data_config["std"])
+
+    def predict_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """Images (B, H, W, C), uint8, of numbers and classes (B,), as ``self.sampling`` says."""
+        numbers, classes = batch
+        return self.generate(classes, numbers.tolist(), self.sampling)
+
+    def draw_grid(self) -> None:
+        """A grid of samples, with the same noise every time, into the run's folder and to the loggers."""
+        count, classes = self.hparams["sample_count"], self.hparams["num_classes"]
+        shown = range(0, classes, max(1, classes // 8)) if classes > 16 else range(classes)
+        labels = [shown[i % len(shown)] for i in range(count)]
+        training = self.model.training
+        self.model.eval()
+        with self.trainer.precision_plugin.forward_context():
+            images = self.generate(torch.tensor(labels, device=self.device), range(count), self.sampling)
+        self.model.train(training)
+        picture = grid(images, columns_of(shown))
+        if not self.trainer.is_global_zero:
+            return
+        folder = Path(self.trainer.default_root_dir) / "samples"
+        folder.mkdir(parents=True, exist_ok=True)
+        enlarge(picture, 640).save(folder / f"epoch{self.current_epoch + 1:04}.png")
+        for logger in self.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_image("samples", picture, self.global_step)
+            elif hasattr(logger, "log_image"):
+                logger.log_image("samples", [picture], step=self.global_step)
 
 
 def scale_connections(optimizer: torch.optim.Optimizer, model: nn.Module, factor: float) -> None:
@@ -301,103 +538,3 @@ def check_name(what: str, name: str, known: Any, remote: bool = False) -> None:
         return
     near = difflib.get_close_matches(name, list(known), n=3)
     raise ValueError(f"unknown {what} {name!r}" + (f"; did you mean {' or '.join(near)}?" if near else ""))
-
-
-class Progress(TQDMProgressBar):
-    """Lightning's bar with accuracy, images per second and the time that is left for the whole run."""
-
-    def __init__(self, refresh_rate: int = 10, title: str = ""):
-        super().__init__(refresh_rate=refresh_rate)
-        self.title = title
-        self.began, self.first_step, self.images, self.paused = 0.0, 0, 0, 0.0
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        super().on_train_start(trainer, pl_module)
-        self.began, self.first_step, self.images, self.paused = time.monotonic(), trainer.global_step, 0, 0.0
-
-    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        super().on_validation_start(trainer, pl_module)
-        self.paused -= time.monotonic()
-
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        super().on_validation_end(trainer, pl_module)
-        self.paused += time.monotonic()
-
-    def on_train_epoch_start(self, trainer: pl.Trainer, *_: Any) -> None:
-        super().on_train_epoch_start(trainer)
-        if self.title:
-            epochs = f"/{trainer.max_epochs}" if trainer.max_epochs and trainer.max_epochs > 0 else ""
-            self.train_progress_bar.set_description(f"{self.title} epoch {trainer.current_epoch + 1}{epochs}")
-
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs, batch, batch_idx) -> None:
-        self.images += len(batch[0]) * trainer.world_size
-        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-
-    def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
-        metrics = super().get_metrics(trainer, pl_module)
-        metrics.pop("v_num", None)
-        if "val_top1" in trainer.callback_metrics:
-            metrics["val_top1"] = f"{100 * trainer.callback_metrics['val_top1'].item():.2f}%"
-        elapsed, done = time.monotonic() - self.began, trainer.global_step - self.first_step
-        if self.began and done > 0:
-            metrics["img/s"] = round(self.images / (elapsed - max(self.paused, 0.0)))
-            total = trainer.estimated_stepping_batches
-            if total != float("inf"):
-                left = int(elapsed / done * (total - trainer.global_step))
-                metrics["left"] = f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02}"
-        return metrics
-
-
-def checkpoint_folder(run: Path) -> Path:
-    return run / "checkpoints"
-
-
-def last_checkpoint(run: Path) -> Path | None:
-    """The newest checkpoint of a run folder, or None."""
-    path = checkpoint_folder(run) / "last.ckpt"
-    return path if path.is_file() else None
-
-
-def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """A checkpoint's contents, tensors mapped and not copied. Executes nothing that the file says.
-
-    Raises:
-        ValueError: it is no checkpoint, or a damaged one.
-    """
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{path} is no checkpoint, or a damaged one: {str(error).splitlines()[0]}") from error
-
-
-def metrics_files(run: Path) -> list[Path]:
-    """The run's metrics, oldest first: metrics.1.csv, metrics.2.csv, ... (before each resume), metrics.csv."""
-    earlier = sorted(run.glob("metrics.*.csv"), key=lambda path: int(path.name.split(".")[1]))
-    return earlier + [path for path in [run / "metrics.csv"] if path.is_file()]
-
-
-def keep_metrics(run: Path) -> None:
-    """Put metrics.csv beside: Lightning's CSVLogger starts over in it when a run goes on."""
-    if (run / "metrics.csv").is_file():
-        (run / "metrics.csv").rename(run / f"metrics.{len(metrics_files(run))}.csv")
-
-
-def equip(run: Path, trainer: dict[str, Any], title: str = "") -> dict[str, Any]:
-    """Arguments of a Trainer with what every run has: loggers and checkpoints in one folder, a progress bar.
-
-    What ``trainer`` says stands: other loggers, more callbacks, ``enable_progress_bar=False``, ...
-    """
-    arguments = {"default_root_dir": str(run), **{k: v for k, v in trainer.items() if v is not None}}
-    if trainer.get("logger") in (None, True):
-        tensorboard = TensorBoardLogger(str(run), name="", version="tensorboard")
-        arguments["logger"] = [CSVLogger(str(run), name="", version=""), tensorboard]
-    callbacks = trainer.get("callbacks") or []
-    callbacks = [*callbacks] if isinstance(callbacks, list) else [callbacks]
-    if trainer.get("enable_checkpointing") is not False:
-        best = ModelCheckpoint(checkpoint_folder(run), "best", monitor="val_top1", mode="max", save_last=True)
-        callbacks.append(best)
-    if arguments["logger"]:
-        callbacks.append(LearningRateMonitor(logging_interval="step"))
-    if trainer.get("enable_progress_bar") is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
-        callbacks.append(Progress(title=title))
-    return {**arguments, "callbacks": callbacks}

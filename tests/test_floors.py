@@ -17,7 +17,10 @@ FLOORS = (
     {"vit", "dit"},
     {"__init__"},  # the public names; who imports the package itself stands above them
     {"diffusion", "data"},
+    {"latents", "runs"},
+    {"sampling"},
     {"training"},
+    {"scoring"},
     {"study", "insight", "export"},
     {"cli"},
 )

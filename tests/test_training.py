@@ -7,7 +7,8 @@ import timm
 import torch
 
 from hcvision.data import ImageData
-from hcvision.training import ImageClassifier, check_name, keep_metrics, metrics_files, read_checkpoint
+from hcvision.runs import keep_metrics, metrics_files, read_checkpoint
+from hcvision.training import ImageClassifier, check_name
 
 
 @pytest.fixture

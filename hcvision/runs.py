@@ -1,0 +1,136 @@
+"""A run and its folder: checkpoints, metrics, loggers, and the progress bar."""
+
+import json
+import pickle
+import time
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import LearningRateMonitor, ModelCheckpoint, ProgressBar, TQDMProgressBar
+from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
+
+
+class Progress(TQDMProgressBar):
+    """Lightning's bar with the metric that counts, images per second and the time left for the whole run."""
+
+    def __init__(self, refresh_rate: int = 10, title: str = ""):
+        super().__init__(refresh_rate=refresh_rate)
+        self.title = title
+        self.began, self.first_step, self.images, self.paused = 0.0, 0, 0, 0.0
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        self.began, self.first_step, self.images, self.paused = time.monotonic(), trainer.global_step, 0, 0.0
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_validation_start(trainer, pl_module)
+        self.paused -= time.monotonic()
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_validation_end(trainer, pl_module)
+        self.paused += time.monotonic()
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        super().on_train_epoch_start(trainer)
+        if self.title:
+            epochs = f"/{trainer.max_epochs}" if trainer.max_epochs and trainer.max_epochs > 0 else ""
+            self.train_progress_bar.set_description(f"{self.title} epoch {trainer.current_epoch + 1}{epochs}")
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs, batch, batch_idx) -> None:
+        self.images += len(batch[0]) * trainer.world_size
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
+        metrics = super().get_metrics(trainer, pl_module)
+        metrics.pop("v_num", None)
+        if "val_top1" in trainer.callback_metrics:
+            metrics["val_top1"] = f"{100 * trainer.callback_metrics['val_top1'].item():.2f}%"
+        elif "val_loss" in trainer.callback_metrics:
+            metrics["val_loss"] = f"{trainer.callback_metrics['val_loss'].item():.4f}"
+        elapsed, done = time.monotonic() - self.began, trainer.global_step - self.first_step
+        if self.began and done > 0:
+            metrics["img/s"] = round(self.images / (elapsed - max(self.paused, 0.0)))
+            total = trainer.estimated_stepping_batches
+            if total != float("inf"):
+                left = int(elapsed / done * (total - trainer.global_step))
+                metrics["left"] = f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02}"
+        return metrics
+
+
+def checkpoint_folder(run: Path) -> Path:
+    return run / "checkpoints"
+
+
+def last_checkpoint(run: Path) -> Path | None:
+    """The newest checkpoint of a run folder, or None."""
+    path = checkpoint_folder(run) / "last.ckpt"
+    return path if path.is_file() else None
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """A checkpoint's contents, tensors mapped and not copied. Executes nothing that the file says.
+
+    Raises:
+        ValueError: it is no checkpoint, or a damaged one.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{path} is no checkpoint, or a damaged one: {str(error).splitlines()[0]}") from error
+
+
+def metrics_files(run: Path) -> list[Path]:
+    """The run's metrics, oldest first: metrics.1.csv, metrics.2.csv, ... (before each resume), metrics.csv."""
+    earlier = sorted(run.glob("metrics.*.csv"), key=lambda path: int(path.name.split(".")[1]))
+    return earlier + [path for path in [run / "metrics.csv"] if path.is_file()]
+
+
+def keep_metrics(run: Path) -> None:
+    """Put metrics.csv beside: Lightning's CSVLogger starts over in it when a run goes on."""
+    if (run / "metrics.csv").is_file():
+        (run / "metrics.csv").rename(run / f"metrics.{len(metrics_files(run))}.csv")
+
+
+def equip(
+    run: Path, trainer: dict[str, Any], title: str = "", monitor: tuple[str, str] = ("val_top1", "max")
+) -> dict[str, Any]:
+    """Arguments of a Trainer with what every run has: loggers and checkpoints in one folder, a progress bar.
+
+    ``monitor`` is the metric that chooses the best checkpoint, and whether it is to be max or min. What
+    ``trainer`` says stands: other loggers, more callbacks, ``enable_progress_bar=False``, ...
+    """
+    arguments = {"default_root_dir": str(run), **{k: v for k, v in trainer.items() if v is not None}}
+    if trainer.get("logger") in (None, True):
+        tensorboard = TensorBoardLogger(str(run), name="", version="tensorboard")
+        arguments["logger"] = [CSVLogger(str(run), name="", version=""), tensorboard]
+    callbacks = trainer.get("callbacks") or []
+    callbacks = [*callbacks] if isinstance(callbacks, list) else [callbacks]
+    if trainer.get("enable_checkpointing") is not False:
+        name, mode = monitor
+        callbacks.append(ModelCheckpoint(checkpoint_folder(run), "best", monitor=name, mode=mode, save_last=True))
+    if arguments["logger"]:
+        callbacks.append(LearningRateMonitor(logging_interval="step"))
+    if trainer.get("enable_progress_bar") is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
+        callbacks.append(Progress(title=title))
+    return {**arguments, "callbacks": callbacks}
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write it whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(value, indent=1))
+    partial.replace(path)
+
+
+def first_difference(there: Any, here: Any, name: str = "") -> str | None:
+    """The first difference between two trees of plain values, in words, or None."""
+    if isinstance(there, dict) and isinstance(here, dict):
+        for key in sorted({*there, *here}):
+            difference = first_difference(there.get(key), here.get(key), f"{name}.{key}" if name else key)
+            if difference:
+                return difference
+        return None
+    return None if there == here else f"{name} is {there!r} there and {here!r} here"

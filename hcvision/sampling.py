@@ -1,0 +1,217 @@
+"""Images from a diffusion model: settings, a run over many that can be killed, and the files it leaves.
+
+Image i depends on the seed and on i alone: not on the batch size, the number of processes, or on where a run went on.
+"""
+
+import hashlib
+import json
+import zipfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from PIL import Image
+from pytorch_lightning.callbacks import Callback
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision.utils import make_grid
+from tqdm import tqdm
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How images are drawn.
+
+    Args:
+        steps: of the sampler; the objective's default if None (DDPM 250, velocity 50).
+        sampler: ddpm or ddim, heun or euler; the first of the objective if None.
+        guidance: scale of classifier-free guidance; 1 is none.
+        guided_channels: of the first channels; None guides all.
+        seed: of the noise.
+    """
+
+    steps: int | None = None
+    sampler: str | None = None
+    guidance: float = 1.0
+    guided_channels: int | None = 3
+    seed: int = 0
+
+
+def to_uint8(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """(B, C, H, W) normalised by mean and std to (B, H, W, C) uint8."""
+    shape = (1, -1, 1, 1)
+    pixels = images.float() * torch.tensor(std, device=images.device).view(shape)
+    pixels = pixels + torch.tensor(mean, device=images.device).view(shape)
+    return (pixels * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu()
+
+
+def grid(images: Tensor, columns: int, padding: int = 2) -> Tensor:
+    """Images (B, H, W, C) uint8, row by row, as one picture (3, height, width) uint8 on white."""
+    return make_grid(images.permute(0, 3, 1, 2), nrow=columns, padding=padding, pad_value=255)
+
+
+def enlarge(picture: Tensor, side: int) -> Image.Image:
+    """A PIL image of (3, H, W) uint8, small ones enlarged by a whole factor to about ``side`` pixels in width."""
+    factor = max(1, side // picture.shape[-1])
+    return Image.fromarray(picture.permute(1, 2, 0).repeat_interleave(factor, 0).repeat_interleave(factor, 1).numpy())
+
+
+def columns_of(classes: Sequence[int]) -> int:
+    """One column per class where that reads well, else 8."""
+    return len(classes) if 1 < len(classes) <= 16 else 8
+
+
+class Chunks(Dataset):
+    """Ranges of image numbers that are still to be drawn, and the class of each."""
+
+    def __init__(self, missing: list[range], classes: Sequence[int]):
+        self.missing, self.classes = missing, classes
+
+    def __len__(self) -> int:
+        return len(self.missing)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        numbers = torch.tensor(list(self.missing[index]))
+        return numbers, torch.tensor(self.classes)[numbers % len(self.classes)]
+
+
+class WriteParts(Callback):
+    """Each chunk as a file of its own, written whole or not at all; a bar that moves with every step."""
+
+    def __init__(self, folder: Path, total: int, show: bool):
+        self.folder, self.total, self.show, self.done = folder, total, show, 0
+
+    def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        format = "{l_bar}{bar}| {n:.0f}/{total:.0f} images [{elapsed}<{remaining}]"
+        hidden = not (self.show and trainer.is_global_zero)
+        self.bar = tqdm(total=self.total, initial=self.done, desc="sampling", bar_format=format, disable=hidden)
+        module: Any = pl_module
+        module.on_sampling_step = lambda part: self.bar.update(part * trainer.world_size)
+
+    def on_predict_batch_end(self, trainer, pl_module, outputs: Tensor, batch: Any, *_: Any) -> None:
+        numbers, _classes = batch
+        path = self.folder / f"{int(numbers[0]):09}-{int(numbers[-1]) + 1:09}.npy"
+        partial = path.with_suffix(".partial")
+        with partial.open("wb") as file:
+            np.save(file, outputs.numpy())
+        partial.replace(path)
+
+    def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.bar.close()
+
+
+def fingerprint(module: Any) -> str:
+    """What tells one set of weights from another: a hash of the model's last layer."""
+    state = module.model.final_layer.state_dict()
+    return hashlib.sha256(b"".join(v.float().cpu().numpy().tobytes() for v in state.values())).hexdigest()[:16]
+
+
+def parts(folder: Path) -> list[tuple[range, Path]]:
+    """The parts of a run, in order."""
+    return [(range(*map(int, path.stem.split("-"))), path) for path in sorted(folder.glob("*-*.npy"))]
+
+
+def gaps(done: list[range], number: int, chunk: int) -> list[range]:
+    """What is missing of range(number), in chunks."""
+    missing, at = [], 0
+    for part in [*done, range(number, number)]:
+        missing += [range(i, min(i + chunk, part.start)) for i in range(at, part.start, chunk)]
+        at = max(at, part.stop)
+    return missing
+
+
+def draw_samples(
+    module: Any,
+    out: Path,
+    plan: Sampling,
+    number: int,
+    classes: Sequence[int],
+    batch_size: int = 64,
+    trainer: dict[str, Any] | None = None,
+) -> Path:
+    """Draw images with ``module`` (an ``ImageGenerator``) into ``out/parts``; what is there is not drawn again.
+
+    Args:
+        module: draws them.
+        out: folder.
+        plan: how.
+        number: how many images; image i is of class ``classes[i % len(classes)]``.
+        classes: numbers of the classes wanted.
+        batch_size: images per process at a time.
+        trainer: arguments of Lightning's Trainer: devices, precision, ...
+
+    Returns:
+        The folder of the parts.
+
+    Raises:
+        ValueError: bad numbers, or a folder begun with other settings.
+    """
+    if number < 1 or batch_size < 1:
+        raise ValueError(f"number and batch_size must be at least 1, got {number} and {batch_size}")
+    count = module.hparams["num_classes"]
+    wrong = [label for label in classes if not 0 <= label < count]
+    if wrong or not classes:
+        raise ValueError(f"classes must be one or more of 0 to {count - 1}, got {list(classes)}")
+    module.check_sampling(plan)
+    settings = json.loads(json.dumps({"plan": asdict(plan), "classes": list(classes), "weights": fingerprint(module)}))
+    about, folder = out / "sampling.json", out / "parts"
+    if about.is_file():
+        there = json.loads(about.read_text())
+        for name in settings:
+            if there.get(name) != settings[name]:
+                raise ValueError(
+                    f"{out} was begun with other {name} ({there.get(name)} there, {settings[name]} here); "
+                    "give another --out"
+                )
+    elif out.exists() and any(out.iterdir()):
+        raise ValueError(f"{out} exists and holds something else; give another --out")
+    arguments = dict(trainer or {})
+    show = arguments.pop("enable_progress_bar", None) is not False
+    writer = WriteParts(folder, number, show)
+    runner = pl.Trainer(
+        callbacks=[writer],
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        enable_progress_bar=False,
+        **arguments,
+    )
+    if runner.is_global_zero:
+        folder.mkdir(parents=True, exist_ok=True)
+        about.write_text(json.dumps(settings, indent=1))
+    done = [span for span, _ in parts(folder) if span.start < number]
+    missing = gaps(done, number, batch_size)
+    if missing:
+        writer.done = number - sum(map(len, missing))
+        module.sampling = plan
+        loader: Any = DataLoader(Chunks(missing, classes), batch_size=None)
+        runner.predict(module, loader, return_predictions=False)
+    runner.strategy.barrier()
+    return folder
+
+
+def read_samples(folder: Path, number: int) -> Tensor:
+    """The first ``number`` images of a run's parts, (N, H, W, C) uint8."""
+    images = [np.load(path) for span, path in parts(folder) if span.start < number]
+    return torch.from_numpy(np.concatenate(images)[:number])
+
+
+def write_npz(path: Path, folder: Path, number: int) -> None:
+    """All images as ``arr_0``, (N, H, W, 3) uint8, the layout of ADM's evaluator, without holding them in memory."""
+    files = [(span, file) for span, file in parts(folder) if span.start < number]
+    height, width = np.load(files[0][1], mmap_mode="r").shape[1:3]
+    partial = path.with_suffix(".partial")
+    header = {"descr": "|u1", "fortran_order": False, "shape": (number, height, width, 3)}
+    with (
+        zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive,
+        archive.open("arr_0.npy", "w", force_zip64=True) as entry,
+    ):
+        np.lib.format.write_array_header_1_0(entry, header)  # type: ignore[arg-type]
+        for span, file in files:
+            images = np.load(file)[: number - span.start]
+            entry.write(np.ascontiguousarray(np.broadcast_to(images, (*images.shape[:3], 3))).data)
+    partial.replace(path)

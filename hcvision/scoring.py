@@ -1,0 +1,276 @@
+"""Scores of drawn images: Fréchet distance, classifier score, precision and recall, from one set of features.
+
+The features are those of Inception, which makes the distance the FID, or of a small classifier trained on the same
+data, which makes it something else: such numbers compare with each other and with nothing in the literature.
+torch-fidelity computes the scores.
+"""
+
+import json
+import zipfile
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import pytorch_lightning as pl
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics, fid_statistics_to_metric
+from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, isc_features_to_metric
+from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
+from tqdm import tqdm
+
+from hcvision.data import ImageData
+from hcvision.runs import Progress, first_difference, read_checkpoint, write_json
+from hcvision.sampling import parts, to_uint8
+from hcvision.training import ImageClassifier
+
+SMALL_CNN, CNN_SIZE = "resnet10t", {"channels": [32, 64, 96, 128], "output_stride": 16}
+
+
+class Extractor(Protocol):
+    """Features and logits of images."""
+
+    name: str  # of the network
+    distance: str  # what the Fréchet distance on its features is called
+    score: str  # what the exponential of the mean divergence of its predictions is called
+
+    def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, H, W, C) uint8 to features (B, F) and logits (B, K)."""
+        ...
+
+
+class Inception:
+    """torch-fidelity's Inception v3, as in published numbers.
+
+    Args:
+        weights: file of its weights (``weights-inception-2015-12-05-6726825d.pth``); None downloads them.
+        device: where it runs.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is none of weights, or they cannot be downloaded.
+    """
+
+    name, distance, score = "Inception v3", "FID", "IS"
+
+    def __init__(self, weights: str | None = None, device: str = "cpu"):
+        if weights is not None:
+            if not Path(weights).is_file():
+                raise FileNotFoundError(f"there is no file {weights} with Inception's weights")
+            read_checkpoint(weights)  # torch-fidelity would execute what it says
+        try:
+            net = FeatureExtractorInceptionV3("inception", ["2048", "logits_unbiased"], weights)
+        except (OSError, RuntimeError) as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"no weights of Inception ({reason}); --inception names a file of them") from error
+        self.net, self.device = net.to(device), device
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        rgb = images.expand(*images.shape[:3], 3).permute(0, 3, 1, 2).contiguous()
+        features, logits = self.net(rgb.to(self.device))
+        return features.cpu(), logits.cpu()
+
+
+class SmallClassifier:
+    """A small CNN trained on the images that a model draws, kept in a folder: weights, and how it was trained.
+
+    Args:
+        folder: where ``train_classifier`` put it.
+        device: where it runs.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+
+    distance, score = "Fréchet distance (small classifier)", "classifier score"
+
+    def __init__(self, folder: Path, device: str = "cpu"):
+        about = folder / "classifier.json"
+        if not about.is_file():
+            raise FileNotFoundError(f"there is no classifier in {folder}: no file {about}")
+        self.about = json.loads(about.read_text())
+        self.net: Any = timm.create_model(**self.about["model"])
+        self.net.load_state_dict(load_file(folder / "classifier.safetensors"))
+        self.net.eval().to(device)
+        self.device = device
+        self.name = f"small classifier ({self.about['model']['model_name']}, {100 * self.about['top1']:.1f} % top-1)"
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        channels = self.about["model"]["in_chans"]
+        if images.shape[-1] != channels:  # gray as three equal channels, or the reverse
+            images = images[..., :1].expand(*images.shape[:3], channels)
+        x = images.permute(0, 3, 1, 2) / 127.5 - 1
+        features = self.net.forward_head(self.net.forward_features(x.to(self.device)), pre_logits=True)
+        return features.cpu(), self.net.get_classifier()(features).cpu()
+
+
+def train_classifier(
+    folder: Path,
+    data: dict[str, Any],
+    input_size: tuple[int, int, int],
+    trainer: dict[str, Any] | None = None,
+    epochs: int = 3,
+    say: Callable[[str], None] = print,
+) -> Path:
+    """Train the small classifier on the training images of ``data``, once.
+
+    Args:
+        folder: for ``classifier.safetensors`` and ``classifier.json``.
+        data: arguments of ``ImageData``.
+        input_size: (C, H, W) of the images that will be scored.
+        trainer: arguments of Lightning's Trainer; accelerator, devices and enable_progress_bar are used.
+        epochs: over all training images.
+        say: called with a line when there is something to train.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: it holds a classifier of other images.
+    """
+    about = folder / "classifier.json"
+    channels, *size = input_size
+    identity = {"dataset": data.get("dataset", "folder"), "input_size": [channels, *size], "epochs": epochs}
+    if about.is_file():
+        difference = first_difference({key: json.loads(about.read_text())[key] for key in identity}, identity)
+        if difference:
+            raise ValueError(f"{folder} holds a classifier of other images: {difference}")
+        return folder
+    say(f"training the small classifier that scores the samples ({epochs} epochs)")
+    kept = {key: data[key] for key in ("dataset", "root", "val_fraction", "num_workers", "num_classes") if key in data}
+    half, whole = [0.5] * channels, (1.0, 1.0)
+    images = ImageData(
+        **kept,
+        batch_size=128,
+        eval_batch_size=500,
+        hflip=0.0,
+        scale=whole,
+        ratio=whole,
+        crop_pct=1.0,
+        mean=half,
+        std=half,
+    )
+    pl.seed_everything(0, workers=True, verbose=False)
+    images.prepare_data()
+    module = ImageClassifier(
+        SMALL_CNN, model_args={**CNN_SIZE, "in_chans": channels}, num_classes=images.num_classes, lr=3e-3
+    )
+    module.data_config["input_size"] = input_size
+    arguments: dict[str, Any] = {"max_epochs": epochs, "gradient_clip_val": 1.0, "num_sanity_val_steps": 0}
+    arguments |= {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
+    known = ("accelerator", "devices", "enable_progress_bar")
+    arguments |= {key: value for key, value in (trainer or {}).items() if key in known}
+    if arguments.get("enable_progress_bar") is not False:
+        arguments["callbacks"] = [Progress(title="classifier")]
+    runner = pl.Trainer(**arguments)
+    runner.fit(module, images)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(dict(module.model.state_dict()), folder / "classifier.safetensors")
+    model = {"model_name": SMALL_CNN, "num_classes": images.num_classes, "in_chans": channels, **CNN_SIZE}
+    write_json(about, {**identity, "top1": runner.callback_metrics["val_top1"].item(), "model": model})
+    return folder
+
+
+@dataclass
+class Features:
+    """What a network sees in N images: features (N, F), logits (N, K), and the classes they should be, if known."""
+
+    features: Tensor
+    logits: Tensor
+    classes: Tensor | None = None
+
+
+def look(extractor: Extractor, batches: Iterable[Tensor], total: int, title: str = "") -> Features:
+    """Features of images (B, H, W, C) uint8, with a progress bar."""
+    seen: list[tuple[Tensor, Tensor]] = []
+    with tqdm(total=total, desc=title, unit=" images", leave=False, disable=None) as bar:
+        for images in batches:
+            seen.append(extractor(images))
+            bar.update(len(images))
+    features, logits = zip(*seen, strict=True)
+    return Features(torch.cat(features), torch.cat(logits))
+
+
+def look_at_data(
+    extractor: Extractor, data: ImageData, split: str, input_size: tuple[int, int, int], number: int
+) -> Features:
+    """Features of real images, chosen by ``data.split_seed`` and prepared as for evaluation."""
+    loader = data.plain_loader(split, input_size, number)
+    half = (0.5,) * input_size[0]
+    batches = (to_uint8(batch.images, half, half) for batch in loader)
+    return look(extractor, batches, min(number, len(loader.dataset)), f"real {split} images")  # type: ignore[arg-type]
+
+
+def look_at_samples(extractor: Extractor, path: Path, number: int | None = None) -> Features:
+    """Features of what ``hcvision sample`` drew: its folder, or any .npz with ``arr_0`` (N, H, W, C) uint8.
+
+    Raises:
+        FileNotFoundError: there is nothing.
+        ValueError: fewer than ``number`` images, or no images at all.
+    """
+    classes, images = None, open_samples(path)
+    if path.is_dir():
+        classes = torch.tensor(json.loads((path / "sampling.json").read_text())["classes"])
+    count = len(images) if number is None else number
+    if count > len(images) or count < 2:
+        raise ValueError(f"number must be 2 to {len(images)}, the images in {path}, got {count}")
+    seen = look(extractor, torch.from_numpy(images[:count]).split(250), count, "samples")
+    if classes is not None:
+        seen.classes = classes[torch.arange(count) % len(classes)]
+    return seen
+
+
+def open_samples(path: Path) -> np.ndarray:
+    """(N, H, W, C), uint8."""
+    if path.is_dir():
+        files = parts(path / "parts")
+        if not files:
+            raise FileNotFoundError(f"there are no samples in {path}; `hcvision sample` draws them")
+        if any(
+            span.start != end for (span, _), end in zip(files, [0, *(span.stop for span, _ in files)], strict=False)
+        ):
+            raise ValueError(f"the samples in {path} have gaps; `hcvision sample` with the same options goes on")
+        return np.concatenate([np.load(file) for _, file in files])
+    if not path.is_file():
+        raise FileNotFoundError(f"there are no samples {path}: neither a folder of `hcvision sample` nor a .npz")
+    try:
+        images = np.load(path)["arr_0"]
+    except (ValueError, KeyError, OSError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path} is no .npz with arr_0: {error}") from error
+    if images.ndim != 4 or images.dtype != np.uint8:
+        raise ValueError(f"arr_0 of {path} must be (N, H, W, C) uint8, got {images.shape} {images.dtype}")
+    return images
+
+
+def compare(samples: Features, real: Features) -> dict[str, float]:
+    """The scores of samples against real images.
+
+    Returns:
+        distance: squared Fréchet distance between Gaussians of the features' means and covariances (arXiv 1706.08500).
+        score: the inception score, of whatever network (arXiv 1606.03498).
+        precision, recall: with balls to the third neighbour (arXiv 1904.06991).
+        accuracy: share of samples that the network takes for the class they were meant to be, where that is known.
+    """
+    distance = fid_statistics_to_metric(
+        *(fid_features_to_statistics(which.features.double()) for which in (samples, real)), verbose=False
+    )
+    score = isc_features_to_metric(samples.logits)
+    neighbours = prc_features_to_metric(
+        samples.features, real.features, prc_neighborhood=3, prc_batch_size=2000, save_cpu_ram=True, verbose=False
+    )
+    scores = {
+        "distance": distance[KEY_METRIC_FID],
+        "score": score[KEY_METRIC_ISC_MEAN],
+        "precision": neighbours[KEY_METRIC_PRECISION],
+        "recall": neighbours[KEY_METRIC_RECALL],
+    }
+    if samples.classes is not None and samples.classes.max() < samples.logits.shape[1]:
+        scores["accuracy"] = (samples.logits.argmax(1) == samples.classes).double().mean().item()
+    return scores
