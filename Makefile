@@ -1,4 +1,4 @@
-# make demo | test | test-timm | check | data | benchmark     (VENV=/elsewhere places the environment)
+# make demo | demo-dit | test | test-timm | check | data | benchmark     (VENV=/elsewhere places the environment)
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 PYTHON ?= python3
@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 TIMM_TESTS := $(VENV)/timm-tests
 export PYTHONUNBUFFERED := 1
 
-.PHONY: install demo test test-timm check format data benchmark clean
+.PHONY: install demo demo-dit test test-timm check format data benchmark clean
 
 install: $(STAMP)
 
@@ -32,6 +32,9 @@ data: $(STAMP)
 
 demo: $(STAMP) data
 	$(BIN)/hcvision compare --config configs/studies/demo.yaml --data.root $(DATA)
+
+demo-dit: $(STAMP) data
+	$(BIN)/hcvision compare --config configs/studies/demo_dit.yaml --data.root $(DATA)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest

@@ -1,4 +1,4 @@
-"""The command line: ``hcvision fit | validate | test | predict | compare | coverage``, each with ``--help``."""
+"""The command line of hcvision: one command per thing to do, each with ``--help``."""
 
 import argparse
 import csv
@@ -10,12 +10,13 @@ import re
 import sys
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 import pytorch_lightning as pl
 import timm
+import torch
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser
 from pytorch_lightning.callbacks import BasePredictionWriter
@@ -24,7 +25,11 @@ from tqdm import tqdm
 
 from hcvision.convert import coverage
 from hcvision.data import ImageData
-from hcvision.runs import equip, keep_metrics, last_checkpoint, read_checkpoint
+from hcvision.latents import encode_folder
+from hcvision.runs import equip, keep_metrics, last_checkpoint, read_checkpoint, write_json
+from hcvision.sampling import Sampling, columns_of, draw_samples, enlarge, grid, read_samples, write_npz
+from hcvision.scoring import Inception, SmallClassifier, look_at_data, look_at_samples, open_samples, train_classifier
+from hcvision.scoring import compare as compare_features
 from hcvision.study import GenerationStudy, Study
 from hcvision.training import ImageClassifier, ImageGenerator, TimmModule
 
@@ -36,12 +41,12 @@ usage: hcvision COMMAND [--config FILE] [options]
   test       score a checkpoint on the test images
   predict    write the classes of the test images to predictions.csv
   compare    train variants beside their residual twin and report
+  sample     draw images with a diffusion model
+  score      compare drawn images with real ones: FID, or a distance on a small classifier
+  encode     turn a folder of images into latents of a VAE
   coverage   count the timm architectures that take connections, and say why the others do not
 
 `hcvision COMMAND --help` lists the options; configs/ holds complete configurations."""
-
-
-COMMANDS = ("fit", "validate", "test", "predict", "compare", "coverage")
 
 
 TASKS: dict[str, type[TimmModule]] = {"classify": ImageClassifier, "generate": ImageGenerator}
@@ -227,6 +232,19 @@ def is_first_process() -> bool:
     return all(os.environ.get(name, "0") == "0" for name in ("LOCAL_RANK", "RANK", "SLURM_PROCID"))
 
 
+def run_lightning(arguments: list[str]) -> None:
+    """fit, validate, test and predict; ``arguments`` begin with which."""
+    CommandLine(
+        find_task(arguments),
+        args=arguments,
+        parser_class=RunParser,
+        seed_everything_default=0,
+        save_config_kwargs={"overwrite": True},
+        auto_configure_optimizers=False,
+        load_from_checkpoint_support=False,
+    )
+
+
 def compare(arguments: list[str]) -> None:
     task = find_task(arguments)
     parser = StudyParser(prog="hcvision compare", description="Train variants side by side and report.")
@@ -245,6 +263,164 @@ def compare(arguments: list[str]) -> None:
     config["trainer"] = {name: value for name, value in config["trainer"].items() if value != defaults[name]}
     report = STUDIES[task](**config).run()
     print(f"\n{report.read_text()}\nreport: {report}")
+
+
+def run_function(function: Callable[..., Any]) -> Callable[[list[str]], None]:
+    """A command whose options are the arguments of a function; the first one is positional where it has no default."""
+
+    def run(arguments: list[str]) -> None:
+        title = (function.__doc__ or "").strip().splitlines()[0]
+        parser = StudyParser(prog=f"hcvision {function.__name__.partition('_')[0]}", description=title)
+        parser.add_function_arguments(function, as_positional=True, skip={"say"})
+        function(**parser.instantiate_classes(parser.parse_args(arguments)).as_dict())
+
+    return run
+
+
+def sample(
+    checkpoint: str,
+    out: str = "samples",
+    number: int = 64,
+    classes: list[str] | None = None,
+    guidance: float = 1.0,
+    guided_channels: int | None = 3,
+    steps: int | None = None,
+    sampler: str | None = None,
+    seed: int = 0,
+    batch_size: int = 64,
+    npz: bool = False,
+    model: str | None = None,
+    connection: str | None = None,
+    objective: str = "ddpm",
+    vae: str | None = None,
+    accelerator: str = "auto",
+    devices: str = "auto",
+    strategy: str = "auto",
+    precision: str = "32-true",
+) -> None:
+    """Draw images with a diffusion model. A run that was killed goes on where it was.
+
+    Args:
+        checkpoint: a run's folder, a checkpoint of ours, or, together with --model, a file of weights.
+        out: folder for samples.png (a grid of the first 64 at most), samples.npz and the parts of the run.
+        number: images; image i is of class i modulo the number of classes.
+        classes: names or numbers of the classes wanted; all if not given.
+        guidance: scale of classifier-free guidance; 1 is none.
+        guided_channels: of the first channels only; the published DiT numbers are with 3; null for all.
+        steps: of the sampler; 250 for DDPM, 50 for velocity if not given.
+        sampler: ddpm or ddim; heun or euler for velocity.
+        seed: of the noise; image i depends on it and on i alone.
+        batch_size: images at a time, per device.
+        npz: write samples.npz too: arr_0, (N, H, W, 3), uint8, as ADM's evaluator reads it.
+        model: timm name of a DiT, for a file of weights that is no checkpoint of ours.
+        connection: the same file's connection.
+        objective: the same file's objective, ddpm or velocity.
+        vae: name or folder of the VAE; the checkpoint's if not given.
+        accelerator: Lightning's.
+        devices: Lightning's.
+        strategy: Lightning's.
+        precision: Lightning's.
+    """
+    module = load_generator(checkpoint, model, connection, objective, vae)
+    names = module.class_names or [str(i) for i in range(module.hparams["num_classes"])]
+    plan = Sampling(steps, sampler, guidance, guided_channels, seed)
+    wanted = [find_class(name, names) for name in classes] if classes else list(range(len(names)))
+    count = int(devices) if devices.lstrip("-").isdigit() else devices
+    trainer = {"accelerator": accelerator, "devices": count, "strategy": strategy, "precision": precision}
+    folder = draw_samples(module, Path(out), plan, number, wanted, batch_size, trainer)
+    if not is_first_process():
+        return
+    columns = columns_of(wanted)
+    shown = min(number, max(columns, 64 // columns * columns))
+    enlarge(grid(read_samples(folder, shown), columns), 640).save(Path(out) / "samples.png")
+    if npz:
+        write_npz(Path(out) / "samples.npz", folder, number)
+    print(f"{number} images of {len(set(wanted))} classes are in {out}: samples.png{' and samples.npz' if npz else ''}")
+
+
+def load_generator(
+    path: str, model: str | None, connection: str | None, objective: str, vae: str | None
+) -> ImageGenerator:
+    """The diffusion model of a run, of a checkpoint, or of a file of weights."""
+    file = last_checkpoint(Path(path)) if Path(path).is_dir() else Path(path)
+    if file is None or not file.is_file():
+        raise FileNotFoundError(f"there is no checkpoint {path}: neither a file nor the folder of a run")
+    if model is not None:
+        module = ImageGenerator(model, connection=connection, objective=objective, vae=vae, init_from=str(file))
+        return module.eval()
+    checkpoint = read_checkpoint(file)
+    hparams = checkpoint.get("hyper_parameters", {})
+    if "objective" not in hparams:
+        what = "a classifier" if "model" in hparams else "no checkpoint of ours (--model says what weights are of)"
+        raise ValueError(f"{file} is {what}; `hcvision sample` draws with diffusion models")
+    module = ImageGenerator(**{**hparams, "pretrained": False, "init_from": None, "vae": vae or hparams["vae"]})
+    module.on_load_checkpoint(checkpoint)
+    module.load_state_dict(checkpoint["state_dict"])
+    module.data_config, module.class_names = checkpoint["data_config"], checkpoint["class_names"]
+    return module.eval()
+
+
+def find_class(name: str, names: list[str]) -> int:
+    """The number of a class that is given by name or number."""
+    if name in names:
+        return names.index(name)
+    if name.isdigit() and int(name) < len(names):
+        return int(name)
+    near = difflib.get_close_matches(name, names, n=3)
+    hint = (
+        f"did you mean {' or '.join(near)}?"
+        if near
+        else f"there are {', '.join(names[:10])}" + ", ..." * (len(names) > 10)
+    )
+    raise ValueError(f"unknown class {name!r}; {hint}")
+
+
+def score(arguments: list[str]) -> None:
+    parser = StudyParser(
+        prog="hcvision score",
+        description="Compare drawn images with real ones. The real ones are the training images of --data.",
+    )
+    parser.add_argument(
+        "samples", type=str, help="a folder of `hcvision sample`, or an .npz with arr_0 (N, H, W, C) uint8"
+    )
+    parser.add_argument("--number", type=int | None, default=None, help="score the first so many samples")
+    parser.add_argument("--real_images", type=int, default=10000, help="training images to compare with")
+    parser.add_argument("--inception", type=str | None, default=None, help="file of Inception's weights, or download")
+    parser.add_argument(
+        "--classifier",
+        type=str | None,
+        default=None,
+        help="without Inception: folder of the small classifier, trained there if need be (beside the samples)",
+    )
+    parser.add_argument("--device", type=str, default="auto", help="cpu, cuda, ...; auto takes a GPU if there is one")
+    parser.add_class_arguments(ImageData, "data", instantiate=False)
+    options = parser.parse_args(arguments)
+    path = Path(options.samples)
+    shape = open_samples(path).shape
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if options.device == "auto" else options.device
+    input_size = (shape[3], *shape[1:3])
+    data = options.data.as_dict()
+    extractor: Inception | SmallClassifier
+    if options.inception:
+        extractor = Inception(None if options.inception == "download" else options.inception, device)
+    else:
+        folder = Path(options.classifier) if options.classifier else path.parent / "classifier"
+        train_classifier(folder, data, input_size)
+        extractor = SmallClassifier(folder, device)
+    drawn = look_at_samples(extractor, path, options.number)
+    images = ImageData(**data)
+    images.prepare_data()
+    real = look_at_data(extractor, images, "train", input_size, options.real_images)
+    scores = {"samples": len(drawn.features), "real": len(real.features), "network": extractor.name}
+    scores |= compare_features(drawn, real)
+    print(f"{scores['samples']:,} samples against {scores['real']:,} training images, seen by {extractor.name}")
+    labels = {"distance": extractor.distance, "score": extractor.score, "accuracy": "in the class they were drawn as"}
+    for name in ("distance", "score", "precision", "recall", "accuracy"):
+        if name in scores:
+            print(f"{scores[name]:9.4f}  {labels.get(name, name)}")
+    file = path / "scores.json" if path.is_dir() else path.with_suffix(".scores.json")
+    write_json(file, scores)
+    print(f"written to {file}")
 
 
 def count_coverage(arguments: list[str]) -> None:
@@ -277,6 +453,16 @@ def count_coverage(arguments: list[str]) -> None:
         print(f"{len(names):5} {reason} ({', '.join(names[:2])}{', ...' if len(names) > 2 else ''})")
 
 
+COMMANDS: dict[str, Callable[[list[str]], None]] = {
+    **dict.fromkeys(("fit", "validate", "test", "predict"), run_lightning),
+    "compare": compare,
+    "sample": run_function(sample),
+    "score": score,
+    "encode": run_function(encode_folder),
+    "coverage": count_coverage,
+}
+
+
 def quieten() -> None:
     """Hush what says nothing to somebody who trains."""
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
@@ -306,20 +492,8 @@ def main(arguments: list[str] | None = None) -> None:
     quieten()
     keep_freed_memory()
     try:
-        if arguments[0] == "compare":
-            compare(arguments[1:])
-        elif arguments[0] == "coverage":
-            count_coverage(arguments[1:])
-        else:
-            CommandLine(
-                find_task(arguments),
-                args=arguments,
-                parser_class=RunParser,
-                seed_everything_default=0,
-                save_config_kwargs={"overwrite": True},
-                auto_configure_optimizers=False,
-                load_from_checkpoint_support=False,
-            )
+        command = COMMANDS[arguments[0]]
+        command(arguments if command is run_lightning else arguments[1:])
     except (ValueError, OSError) as error:
         if os.environ.get("HCVISION_DEBUG"):
             raise

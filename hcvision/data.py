@@ -473,7 +473,7 @@ class ImageData(pl.LightningDataModule):
         """
         if self.is_timm or self.dataset == "latents":
             raise ValueError(f"there are no images to choose from in the dataset {self.dataset!r}; a folder works")
-        self.setup()
+        self.setup("predict")
         base, indices = self.stages.get(split, self.stages["val"])
         if number is not None and number < len(indices):
             order = torch.randperm(len(indices), generator=torch.Generator().manual_seed(self.split_seed))

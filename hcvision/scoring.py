@@ -106,7 +106,7 @@ class SmallClassifier:
         channels = self.about["model"]["in_chans"]
         if images.shape[-1] != channels:  # gray as three equal channels, or the reverse
             images = images[..., :1].expand(*images.shape[:3], channels)
-        x = images.permute(0, 3, 1, 2) / 127.5 - 1
+        x = images.permute(0, 3, 1, 2).contiguous() / 127.5 - 1
         features = self.net.forward_head(self.net.forward_features(x.to(self.device)), pre_logits=True)
         return features.cpu(), self.net.get_classifier()(features).cpu()
 
@@ -148,7 +148,6 @@ def train_classifier(
     half, whole = [0.5] * channels, (1.0, 1.0)
     images = ImageData(
         **kept,
-        batch_size=128,
         eval_batch_size=500,
         hflip=0.0,
         scale=whole,
@@ -159,6 +158,8 @@ def train_classifier(
     )
     pl.seed_everything(0, workers=True, verbose=False)
     images.prepare_data()
+    images.setup("test")
+    images.batch_size = max(2, min(128, len(images.stages["train"][1]) // 10))
     module = ImageClassifier(
         SMALL_CNN, model_args={**CNN_SIZE, "in_chans": channels}, num_classes=images.num_classes, lr=3e-3
     )

@@ -381,6 +381,7 @@ class ImageGenerator(TimmModule):
         self.on_sampling_step: Callable[[float], None] = lambda part: None
         self.val_loss, self.test_loss = MeanMetric(), MeanMetric()
         self.evaluated = 0
+        self.class_names: list[str] | None = None
 
     @property
     def head_names(self) -> tuple[str, ...]:
@@ -497,7 +498,7 @@ class ImageGenerator(TimmModule):
         picture = grid(images, columns_of(shown))
         if not self.trainer.is_global_zero:
             return
-        folder = Path(self.trainer.default_root_dir) / "samples"
+        folder = Path(self.trainer.default_root_dir) / "grids"
         folder.mkdir(parents=True, exist_ok=True)
         enlarge(picture, 640).save(folder / f"epoch{self.current_epoch + 1:04}.png")
         for logger in self.loggers:

@@ -48,6 +48,12 @@ def tiny() -> dict:
 
 
 @pytest.fixture
+def tiny_dit() -> dict:
+    """Arguments that make a dit_tiny_patch4_pixel smaller still, for images of 16 x 16."""
+    return {"img_size": 16, "embed_dim": 48, "depth": 2, "num_heads": 3}
+
+
+@pytest.fixture
 def trainer_args(tmp_path) -> dict:
     """A Trainer that keeps quiet and writes nothing but checkpoints below tmp_path."""
     return {

@@ -187,6 +187,11 @@ def test_every_config_parses_and_its_models_build(path, monkeypatch, tmp_path):
     monkeypatch.setattr(
         "hcvision.data.ImageData._scan_folders", lambda self: setattr(self, "class_names", ["a"] * 1000)
     )
+
+    def scan(self):
+        self.class_names, self.num_classes = ["a"] * 1000, 1000
+
+    monkeypatch.setattr("hcvision.data.ImageData._scan_latents", scan)
     monkeypatch.setattr("hcvision.training.create_model", build)
     if config["model"].get("init_from"):  # what the command above it in its head writes
         weights = Path(config["model"]["init_from"])
