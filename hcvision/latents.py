@@ -35,7 +35,7 @@ def load_vae(name: str) -> nn.Module:
     except ImportError as error:
         raise ValueError("latents need diffusers: pip install 'hcvision[latents]'") from error
     try:
-        vae: nn.Module = AutoencoderKL.from_pretrained(name)
+        vae: nn.Module = AutoencoderKL.from_pretrained(name, low_cpu_mem_usage=False)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"there is no VAE {name!r}, neither a folder nor in reach on the hub: {reason}") from error
@@ -158,7 +158,7 @@ def encode_shard(
     if not labels:
         raise ValueError(f"none of the images {start} and following can be read")
     tensors = {"latents": torch.cat(straight), "flipped": torch.cat(flipped), "labels": torch.tensor(labels)}
-    return tensors, left_out
+    return {key: value.contiguous() for key, value in tensors.items()}, left_out
 
 
 def check_shard(path: Path, about: dict[str, str]) -> None:

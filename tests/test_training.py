@@ -1,14 +1,19 @@
 import math
 import pickle
 
+import numpy as np
 import pytest
 import pytorch_lightning as pl
 import timm
 import torch
+from conftest import randomize
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from hcvision.data import ImageData
 from hcvision.runs import keep_metrics, metrics_files, read_checkpoint
-from hcvision.training import ImageClassifier, check_name
+from hcvision.sampling import enlarge, grid
+from hcvision.training import ImageClassifier, ImageGenerator, check_name
 
 
 @pytest.fixture
@@ -260,3 +265,180 @@ def test_metrics_of_a_resumed_run_are_kept(tmp_path):
         keep_metrics(tmp_path)
     (tmp_path / "metrics.csv").write_text("third")
     assert [path.read_text() for path in metrics_files(tmp_path)] == ["first", "second", "third"]
+
+
+@pytest.fixture
+def generator(tiny_dit):
+    def make(model="dit_tiny_patch4_pixel", **kwargs):
+        arguments = {"num_classes": 3, "model_args": tiny_dit, "lr": 2e-3, "ema_decay": 0.5, "sample_every": 0}
+        return ImageGenerator(model, **{**arguments, **kwargs})
+
+    return make
+
+
+class Losses(pl.Callback):
+    """The loss of every step."""
+
+    def __init__(self):
+        self.values = []
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        self.values.append(outputs["loss"].item())
+
+
+@pytest.mark.parametrize("connection", ["residual", "dhc2", "dfc2"])
+@pytest.mark.parametrize("objective", ["ddpm", "velocity"])
+def test_a_diffusion_model_learns(generator, fit, connection, objective):
+    losses = Losses()
+    model = generator(connection=connection, objective=objective)
+    trainer = fit(model, max_epochs=6, callbacks=[losses], gradient_clip_val=1.0)
+    first, last = sum(losses.values[:9]) / 9, sum(losses.values[-9:]) / 9
+    assert last < 0.8 * first
+    assert trainer.callback_metrics["val_loss"] < 0.8 * first
+    if connection != "residual":
+        moved = model.model.blocks[0].connection1.static_alpha - model.model.blocks[0].connection1.initial_weights()[0]
+        assert moved.abs().max() > 1e-3
+
+
+@pytest.mark.filterwarnings("ignore:.*exists and is not empty")
+def test_a_resumed_run_goes_on_with_the_same_losses(generator, fit, tmp_path):
+    """Times, noise, dropped labels, the average of the weights: all as if nothing had happened."""
+    whole, first, second = Losses(), Losses(), Losses()
+    torch.manual_seed(5)
+    straight = generator(connection="dhc2")
+    straight_trainer = fit(straight, max_epochs=3, callbacks=[whole])
+    torch.manual_seed(5)
+    keep = pl.callbacks.ModelCheckpoint(tmp_path / "checkpoints", save_last=True)
+    trainer = fit(generator(connection="dhc2"), max_epochs=1, callbacks=[first, keep], enable_checkpointing=True)
+    torch.manual_seed(99)  # nothing hangs on where the generator is
+    resumed = generator(connection="dhc2")
+    again = pl.callbacks.ModelCheckpoint(tmp_path / "checkpoints", save_last=True)
+    resumed_trainer = pl.Trainer(
+        max_epochs=3, accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
+        callbacks=[second, again],
+    )  # fmt: skip
+    resumed_trainer.fit(resumed, trainer.datamodule, ckpt_path=keep.last_model_path, weights_only=True)
+    assert first.values + second.values == whole.values
+    assert len(set(whole.values)) == len(whole.values) == 27
+    for (name, a), b in zip(straight.state_dict().items(), resumed.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+    assert straight_trainer.callback_metrics["val_loss"] == resumed_trainer.callback_metrics["val_loss"]
+
+
+def test_validation_loss_is_of_the_images_alone(generator, fit, images):
+    """Each image has its own time and noise, so that batches of another size give the same."""
+    model = generator()
+    trainer = fit(model, max_epochs=1)
+    results = []
+    for size in (39, 8, 8):
+        data = images(eval_batch_size=size)
+        results.append(pl.Trainer.validate(trainer, model, data, verbose=False)[0]["val_loss"])
+    assert results[0] == pytest.approx(results[1], rel=1e-5)
+    assert results[1] == results[2]
+    other = generator(seed=1)
+    other.load_state_dict(model.state_dict())
+    assert abs(trainer.validate(other, images(), verbose=False)[0]["val_loss"] - results[0]) > 1e-3
+
+
+def test_labels_are_dropped_and_noise_is_fresh(generator):
+    model, seen = generator(label_dropout=0.25), []
+
+    def keep(net, x, y, t, noise):
+        seen.append((y, t, noise))
+        return torch.zeros(len(x))
+
+    model.diffusion.loss = keep
+    images, classes = torch.zeros(4000, 3, 1, 1), torch.arange(4000) % 3
+    model.batch_loss((images, classes))
+    (y, t, noise) = seen[0]
+    dropped = y == 3
+    assert dropped.double().mean().item() == pytest.approx(0.25, abs=0.03)
+    assert torch.equal(y[~dropped], classes[~dropped])
+    assert (t.min(), t.max()) == (0, 999)
+    assert noise.std().item() == pytest.approx(1, abs=0.05)
+    for name, one in {"time": t.double(), "noise": noise.flatten(1).mean(1).double()}.items():
+        correlation = torch.corrcoef(torch.stack([one, dropped.double()]))[0, 1]
+        assert abs(correlation) < 0.06, name
+
+
+def test_grids_are_drawn_with_the_averaged_weights(generator, fit, tmp_path):
+    """At the end of an epoch, into the run's folder and TensorBoard; the checkpoint draws the same picture."""
+    model = generator(sample_every=2, sample_count=6, sample_steps=2, sample_guidance=1.5, ema_decay=0.9)
+    logger = pl.loggers.TensorBoardLogger(str(tmp_path), name="", version="tensorboard")
+    keep = pl.callbacks.ModelCheckpoint(tmp_path / "checkpoints", save_last=True)
+    fit(model, max_epochs=4, logger=logger, callbacks=[keep], enable_checkpointing=True)
+    assert sorted(path.name for path in (tmp_path / "grids").iterdir()) == ["epoch0002.png", "epoch0004.png"]
+    reader = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"images": 0})
+    reader.Reload()
+    assert [event.step for event in reader.Images("samples")] == [18, 36]
+
+    state = read_checkpoint(keep.last_model_path)
+    pictures = []
+    for weights in (state["state_dict"], state["current_model_state"]):
+        again = generator(sample_every=2, sample_count=6, sample_steps=2, sample_guidance=1.5)
+        again.load_state_dict({key: value for key, value in weights.items() if key in again.state_dict()}, strict=False)
+        again.eval().data_config = model.data_config
+        drawn = again.generate(torch.arange(6) % 3, range(6), again.sampling)
+        pictures.append(np.asarray(enlarge(grid(drawn, 3), 640)))
+    logged = np.asarray(Image.open(tmp_path / "grids" / "epoch0004.png"))
+    assert np.array_equal(pictures[0], logged)
+    assert not np.array_equal(pictures[1], logged)
+
+
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_half_precision(generator, fit, tiny_dit, qk_norm):
+    losses = Losses()
+    model = generator(connection="dhc4", model_args={**tiny_dit, "qk_norm": qk_norm})
+    fit(model, max_epochs=1, precision="bf16-mixed", callbacks=[losses], gradient_clip_val=1.0)
+    assert all(math.isfinite(value) for value in losses.values)
+    full = Losses()
+    model = generator(connection="dhc4", model_args={**tiny_dit, "qk_norm": qk_norm})
+    fit(model, max_epochs=1, callbacks=[full], gradient_clip_val=1.0)
+    assert losses.values == pytest.approx(full.values, rel=0.05)
+
+
+def test_weights_of_other_classes(generator, tmp_path):
+    """A trained DiT goes on with connections and other classes: all but the embedding of classes is taken over."""
+    trained = randomize(generator(num_classes=5)).model
+    torch.save({"ema": trained.state_dict(), "model": {}}, tmp_path / "trained.pt")
+    model = generator(connection="dfc2", init_from=str(tmp_path / "trained.pt")).model
+    own = model.state_dict()
+    for name, value in trained.state_dict().items():
+        assert torch.equal(own[name], value) != name.startswith("y_embedder"), name
+    x, t = torch.randn(2, 3, 16, 16), torch.tensor([3, 700])
+    trained.y_embedder, y = model.y_embedder, torch.tensor([0, 3])
+    torch.testing.assert_close(model(x, t, y), trained(x, t, y))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"model": "vit_tiny_patch16_224", "model_args": {}}, "vit_tiny_patch16_224 is no diffusion model; dit_"),
+        ({"objective": "flow"}, "unknown objective 'flow'"),
+        ({"objective": "velocty"}, "did you mean velocity"),
+        ({"label_dropout": 1.0}, "label_dropout must be at least 0 and below 1, got 1.0"),
+        ({"sample_steps": 0, "objective": "velocity", "sample_guidance": -1.0}, "guidance needs scale >= 0"),
+    ],
+)
+def test_wrong_arguments_of_a_generator(generator, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        generator(**arguments)
+
+
+def test_a_dit_does_not_classify(build):
+    with pytest.raises(ValueError, match=r"dit_tiny_patch4_pixel is a diffusion model.*--task generate"):
+        build("dit_tiny_patch4_pixel", model_args={"img_size": 16})
+
+
+def test_data_of_another_size(generator, fit, images):
+    with pytest.raises(ValueError, match=r"the data are of size \(3, 32, 32\) and the model of \(3, 16, 16\)"):
+        fit(generator(), data=images(img_size=32))
+
+
+def test_a_checkpoint_knows_its_images(build, fit, tmp_path):
+    trainer = fit(build(lr=1e-3), max_epochs=1)
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    checkpoint = read_checkpoint(tmp_path / "a.ckpt")
+    assert checkpoint["class_names"] == ["left-out", "müller straße", "zebra"]
+    assert checkpoint["data_config"]["input_size"] == [3, 32, 32]
+    assert checkpoint["data_config"]["mean"] == [0.5, 0.5, 0.5]
