@@ -149,6 +149,7 @@ class CommandLine(LightningCLI):
 
     def before_fit(self) -> None:
         """The last checks, before anything is written."""
+        self.model.check_data(self.datamodule)
         if self.checkpoint is not None:
             self.model.on_load_checkpoint(read_checkpoint(self.checkpoint))
         if self.resuming:
@@ -281,7 +282,7 @@ def sample(
     checkpoint: str,
     out: str = "samples",
     number: int = 64,
-    classes: list[str] | None = None,
+    classes: list[str | int] | None = None,
     guidance: float = 1.0,
     guided_channels: int | None = 3,
     steps: int | None = None,
@@ -324,7 +325,7 @@ def sample(
     module = load_generator(checkpoint, model, connection, objective, vae)
     names = module.class_names or [str(i) for i in range(module.hparams["num_classes"])]
     plan = Sampling(steps, sampler, guidance, guided_channels, seed)
-    wanted = [find_class(name, names) for name in classes] if classes else list(range(len(names)))
+    wanted = [find_class(str(name), names) for name in classes] if classes else list(range(len(names)))
     count = int(devices) if devices.lstrip("-").isdigit() else devices
     trainer = {"accelerator": accelerator, "devices": count, "strategy": strategy, "precision": precision}
     folder = draw_samples(module, Path(out), plan, number, wanted, batch_size, trainer)
@@ -346,8 +347,13 @@ def load_generator(
     if file is None or not file.is_file():
         raise FileNotFoundError(f"there is no checkpoint {path}: neither a file nor the folder of a run")
     if model is not None:
-        module = ImageGenerator(model, connection=connection, objective=objective, vae=vae, init_from=str(file))
-        return module.eval()
+        module = ImageGenerator(model, connection=connection, objective=objective, vae=vae)
+        lacking = module.load_weights(str(file))
+        if lacking:
+            raise ValueError(
+                f"{file} holds other weights than a {model}: {lacking[0]} is not in it, or of another size"
+            )
+        return able_to_draw(module)
     checkpoint = read_checkpoint(file)
     hparams = checkpoint.get("hyper_parameters", {})
     if "objective" not in hparams:
@@ -357,6 +363,16 @@ def load_generator(
     module.on_load_checkpoint(checkpoint)
     module.load_state_dict(checkpoint["state_dict"])
     module.data_config, module.class_names = checkpoint["data_config"], checkpoint["class_names"]
+    return able_to_draw(module)
+
+
+def able_to_draw(module: ImageGenerator) -> ImageGenerator:
+    """The same. Raises ValueError when it draws latents and nothing says which VAE makes images of them."""
+    channels = module.data_config["input_size"][0]
+    if module.hparams["vae"] is None and channels not in (1, 3):
+        raise ValueError(
+            f"the model draws latents of {channels} channels; --vae names the VAE that makes images of them"
+        )
     return module.eval()
 
 

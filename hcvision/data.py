@@ -390,18 +390,20 @@ class ImageData(pl.LightningDataModule):
                     f"batch_size must be at most {share}, the training images per process, got {self.batch_size}"
                 )
 
-    def data_config(self) -> dict[str, Any]:
+    def data_config(self, model: dict[str, Any] | None = None) -> dict[str, Any]:
         """input_size (C, H, W), mean, std, interpolation and crop_pct: what is given here, else the model's.
 
-        Of latents only input_size and vae, the name of the VAE that made them.
+        ``model`` is its configuration; without it that of the trainer's model is taken. Of latents only input_size
+        and vae, the name of the VAE that made them.
         """
         if self.dataset == "latents":
             base = self.stages["train"][0]
             return {"input_size": base.shape, "vae": base.vae}
         config: dict[str, Any] = {"input_size": (3, 224, 224), "interpolation": "bicubic", "crop_pct": 0.875}
         config |= {"mean": (0.5,), "std": (0.5,)}
-        if self.trainer is not None:
-            config |= getattr(self.trainer.lightning_module, "data_config", {})
+        if model is None and self.trainer is not None:
+            model = getattr(self.trainer.lightning_module, "data_config", None)
+        config |= model or {}
         config |= {name: value for name, value in self.view.items() if value is not None and name != "img_size"}
         channels, *size = config["input_size"]
         size = [self.view["img_size"]] * 2 if self.view["img_size"] else size

@@ -90,7 +90,11 @@ class WriteParts(Callback):
         hidden = not (self.show and trainer.is_global_zero)
         self.bar = tqdm(total=self.total, initial=self.done, desc="sampling", bar_format=format, disable=hidden)
         module: Any = pl_module
-        module.on_sampling_step = lambda part: self.bar.update(part * trainer.world_size)
+        module.on_sampling_step = lambda part: self.advance(part * trainer.world_size)
+
+    def advance(self, images: float) -> None:
+        """By a guess where several processes draw; never over the end, where tqdm forgets its total."""
+        self.bar.update(min(images, self.total - self.bar.n))
 
     def on_predict_batch_end(self, trainer, pl_module, outputs: Tensor, batch: Any, *_: Any) -> None:
         numbers, _classes = batch
@@ -101,6 +105,7 @@ class WriteParts(Callback):
         partial.replace(path)
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.advance(self.total)
         self.bar.close()
 
 

@@ -23,6 +23,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from hcvision.connections import Connection
 from hcvision.convert import checkpoint_filter_fn, create_model
+from hcvision.data import ImageData
 from hcvision.diffusion import OBJECTIVES, SeededNoise, check_sampler, guide
 from hcvision.dit import DiT, averaged_weights
 from hcvision.latents import decode, load_vae
@@ -121,11 +122,17 @@ class TimmModule(pl.LightningModule):
         return [] if decay is None else [EMAWeightAveraging(decay=decay)]
 
     def setup(self, stage: str) -> None:
-        classes = getattr(self.data, "num_classes", None)
-        if classes is not None and classes != self.hparams["num_classes"]:
-            raise ValueError(f"num_classes must be {classes}, as in the data, got {self.hparams['num_classes']}")
+        if isinstance(self.data, ImageData):
+            self.check_data(self.data)
         if self.hparams["compile"]:
             self.model.compile()
+
+    def check_data(self, data: ImageData) -> None:
+        """Raise ValueError when the model cannot be trained on these data."""
+        if data.num_classes != self.hparams["num_classes"]:
+            raise ValueError(
+                f"num_classes must be {data.num_classes}, as in the data, got {self.hparams['num_classes']}"
+            )
 
     @property
     def data(self) -> Any:
@@ -134,7 +141,7 @@ class TimmModule(pl.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add how the images were prepared and what the classes are called."""
-        if hasattr(self.data, "data_config"):
+        if isinstance(self.data, ImageData):
             config = {key: list(v) if isinstance(v, tuple) else v for key, v in self.data.data_config().items()}
             checkpoint["data_config"], checkpoint["class_names"] = config, self.data.class_names
 
@@ -274,11 +281,10 @@ class ImageClassifier(TimmModule):
                 "(`--task generate` trains it)"
             )
 
-    def setup(self, stage: str) -> None:
-        super().setup(stage)
-        batch_size = getattr(self.data, "batch_size", 0)
-        if stage == "fit" and self.mixup is not None and batch_size % 2:
-            raise ValueError(f"batch_size must be even for mixup and cutmix, got {batch_size}")
+    def check_data(self, data: ImageData) -> None:
+        super().check_data(data)
+        if self.mixup is not None and data.batch_size % 2:
+            raise ValueError(f"batch_size must be even for mixup and cutmix, got {data.batch_size}")
 
     def forward(self, images: Tensor) -> Tensor:
         return self.model(images)
@@ -397,11 +403,9 @@ class ImageGenerator(TimmModule):
         self.diffusion.check_steps(plan.steps or self.diffusion.default_steps)
         guide(self.model, torch.zeros(1), 0, plan.guidance, plan.guided_channels)
 
-    def setup(self, stage: str) -> None:
-        super().setup(stage)
-        if not hasattr(self.data, "data_config"):
-            return
-        config = self.data.data_config()
+    def check_data(self, data: ImageData) -> None:
+        super().check_data(data)
+        config = data.data_config(self.data_config)
         if "vae" in config and self.hparams["vae"] is None:
             raise ValueError(f"latents need the VAE that made them: --model.vae, {config['vae']!r} as the shards say")
         if tuple(config["input_size"]) != tuple(self.data_config["input_size"]):
@@ -409,7 +413,11 @@ class ImageGenerator(TimmModule):
             raise ValueError(
                 f"the data are of size {theirs} and the model of {ours}; model_args has in_chans and img_size"
             )
-        self.data_config = config
+
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        if isinstance(self.data, ImageData):
+            self.data_config = self.data.data_config()
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         return self.model(x, t, y)

@@ -1,18 +1,25 @@
 """The command line as its user meets it, most of it in processes of its own."""
 
 import csv
+import json
 import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+import timm
 import torch
 import yaml
+from diffusers import AutoencoderKL
 
 import hcvision
 from hcvision.cli import main
+from hcvision.data import ImageData
+from hcvision.sampling import read_samples
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted(ROOT.glob("configs/**/*.yaml"))
@@ -165,6 +172,142 @@ def test_a_checkpoint_of_another_architecture(hcv, image_folder, tmp_path):
     done = hcv(*fit(image_folder, tmp_path / "b", f"--ckpt_path={last}", "--model.connection=dhc4"), check=False)
     assert "another architecture: connection is 'dhc2' there and 'dhc4' here" in done.stderr
     assert not (tmp_path / "b").exists()
+
+
+DIT = ("--task=generate", "--model.model=dit_tiny_patch4_pixel", "--model.connection=dhc2", "--model.lr=2e-3")
+DIT += ("--model.model_args={img_size: 16, embed_dim: 48, depth: 2, num_heads: 3}", "--model.ema_decay=0.5")
+DIT += ("--model.sample_every=1", "--model.sample_count=6", "--model.sample_steps=2", "--trainer.max_epochs=1")
+
+
+@pytest.fixture(scope="module")
+def dit_run(image_folder, tmp_path_factory):
+    """A trained diffusion model, in a run's folder."""
+    run = tmp_path_factory.mktemp("dit") / "run"
+    arguments = ("fit", f"--data.root={image_folder}", f"--run={run}", *DIT, *DATA, *TRAINER[::2])
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "train.py"), *arguments],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert f"the run is in {run}" in done.stdout
+    return run
+
+
+def test_fit_sample_and_score(dit_run, image_folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert (dit_run / "grids" / "epoch0001.png").is_file()
+    assert (dit_run / "checkpoints" / "best.ckpt").is_file()
+    config = yaml.safe_load((dit_run / "config.yaml").read_text())
+    assert (config["task"], config["data"]["scale"]) == ("generate", [1.0, 1.0])
+
+    draw = ["sample", str(dit_run), "--number=10", "--steps=2", "--sampler=ddim", "--accelerator=cpu", "--npz=true"]
+    main([*draw, "--classes=[zebra, 0]"])
+    assert "10 images of 2 classes are in samples: samples.png and samples.npz" in capsys.readouterr().out
+    images = np.load("samples/samples.npz")["arr_0"]
+    assert (images.shape, images.dtype) == ((10, 16, 16, 3), np.uint8)
+    assert json.loads(Path("samples/sampling.json").read_text())["classes"] == [2, 0]
+
+    main(["score", "samples", f"--data.root={image_folder}", "--data.num_workers=0", "--device=cpu"])
+    lines = capsys.readouterr().out.splitlines()
+    lines = lines[next(i for i, line in enumerate(lines) if line.startswith("10 samples")) :]
+    assert lines[0].startswith("10 samples against 72 training images, seen by small classifier (resnet10t, ")
+    assert [line.split(maxsplit=1)[1] for line in lines[1:6]] == [
+        "Fréchet distance (small classifier)", "classifier score", "precision", "recall",
+        "in the class they were drawn as",
+    ]  # fmt: skip
+    scores = json.loads(Path("samples/scores.json").read_text())
+    assert lines[1].split()[0] == f"{scores['distance']:.4f}"
+    assert Path("classifier/classifier.safetensors").is_file()
+
+
+def test_sampling_that_was_killed_goes_on(hcv, dit_run, tmp_path):
+    """kill -9 after the first parts; the second run keeps them, and the whole is what one run draws."""
+    draw = ["sample", dit_run, "--number=40", "--steps=60", "--batch_size=4", "--accelerator=cpu", "--devices=1"]
+    command = [sys.executable, str(ROOT / "train.py"), *map(str, draw), "--out=killed"]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    parts = tmp_path / "killed" / "parts"
+    deadline = time.monotonic() + 120
+    while len(list(parts.glob("*.npy"))) < 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    before = {path: path.stat().st_mtime_ns for path in parts.glob("*.npy")}
+    assert 2 <= len(before) < 10, "it was not killed in time"
+    shown = hcv(*draw, "--out=killed")
+    assert "sampling: 100%" in shown.stderr
+    assert "40/40 images" in shown.stderr
+    hcv(*draw, "--out=whole", "--batch_size=40")
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    a, b = (read_samples(tmp_path / name / "parts", 40) for name in ("killed", "whole"))
+    assert (a.int() - b.int()).abs().max() <= 1  # another batch size rounds in other places
+
+
+def test_two_processes_draw_what_one_draws(hcv, dit_run, tmp_path):
+    for processes in (1, 2):
+        hcv("sample", dit_run, "--number=9", "--steps=3", "--batch_size=2", f"--out=by{processes}",
+            "--accelerator=cpu", f"--devices={processes}", "--strategy=ddp", "--npz=true")  # fmt: skip
+    one, two = (np.load(tmp_path / f"by{n}" / "samples.npz")["arr_0"] for n in (1, 2))
+    assert np.array_equal(one, two)
+
+
+def test_weights_of_another_library(dit_run, tmp_path, monkeypatch, capsys):
+    """A file of weights with official keys is sampled from with --model."""
+    monkeypatch.chdir(tmp_path)
+    for name, classes in (("weights.pt", 1000), ("other.pt", 7)):
+        torch.save(timm.create_model("dit_s_patch8_256", num_classes=classes).state_dict(), name)
+    AutoencoderKL(norm_num_groups=4, block_out_channels=(8,), latent_channels=4).save_pretrained("vae")
+    with pytest.raises(SystemExit):
+        main(["sample", "weights.pt"])
+    assert "no checkpoint of ours (--model says what weights are of)" in capsys.readouterr().err
+    draw = ["sample", "weights.pt", "--model=dit_s_patch8_256", "--number=1", "--steps=1", "--accelerator=cpu"]
+    with pytest.raises(SystemExit):
+        main(draw)
+    assert "the model draws latents of 4 channels; --vae names the VAE" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["sample", "other.pt", "--model=dit_s_patch8_256", "--vae=vae"])
+    assert "other.pt holds other weights than a dit_s_patch8_256: y_embedder" in capsys.readouterr().err
+    main([*draw, "--vae=vae", "--npz=true"])
+    assert "1 images of 1000 classes" in capsys.readouterr().out
+    assert np.load("samples/samples.npz")["arr_0"].shape == (1, 32, 32, 3)
+
+
+def test_encode(image_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    AutoencoderKL(norm_num_groups=4, block_out_channels=(8,)).save_pretrained("vae")
+    main(["encode", str(image_folder), "latents", "--vae=vae", "--image_size=16", "--num_workers=0", "--device=cpu"])
+    assert "latents/train-00000.safetensors: 72 images" in capsys.readouterr().out
+    assert ImageData("latents", "latents", batch_size=8).num_classes == 3
+
+
+def bad_generation(dit_run, image_folder, tmp_path):
+    base = ("fit", f"--data.root={image_folder}", f"--run={tmp_path / 'r'}", *DATA, *TRAINER)
+    yield (*base, "--task=draw"), "task must be classify or generate, got 'draw'"
+    yield (*base, *DIT, "--model.label_smoothing=0.1"), "label_smoothing"
+    yield (*base, *DIT, "--model.model=vit_tiny_patch16_224"), "vit_tiny_patch16_224 is no diffusion model"
+    yield (*base, *DIT, "--data.img_size=32"), "the data are of size (3, 32, 32)"
+    yield ("predict", f"--config={dit_run / 'config.yaml'}"), "`hcvision sample` draws images"
+    yield ("sample", "nowhere"), "there is no checkpoint nowhere: neither a file nor the folder of a run"
+    yield ("sample", str(dit_run), "--classes=[zebr]"), "unknown class 'zebr'; did you mean zebra?"
+    yield ("sample", str(dit_run), "--classes=[7]"), "unknown class '7'; there are left-out, müller straße, zebra"
+    yield ("sample", str(dit_run), "--sampler=heun"), "sampler must be ddpm or ddim for this objective, got 'heun'"
+    yield ("sample", str(dit_run), "--stepps=3"), "did you mean --steps"
+    yield ("score", "nowhere"), "there are no samples nowhere"
+    yield ("encode", "nowhere", "latents"), "there is no folder nowhere"
+
+
+def test_bad_input_to_generation(dit_run, image_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for arguments, message in bad_generation(dit_run, image_folder, tmp_path):
+        with pytest.raises(SystemExit) as stop:
+            main(list(arguments))
+        stderr = capsys.readouterr().err
+        assert stop.value.code == 2, arguments
+        (line,) = [line for line in stderr.splitlines() if line.startswith("hcvision: error:")]
+        assert message in line, arguments
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: str(path.relative_to(ROOT / "configs")))

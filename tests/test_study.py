@@ -6,11 +6,15 @@ import sys
 import time
 
 import pytest
+import pytorch_lightning as pl
 import timm
 import torch
 
 from hcvision import study
-from hcvision.study import Study, TensorMemory, first_difference, interleaved_ratios, read_curve, table
+from hcvision.cli import sample
+from hcvision.runs import first_difference
+from hcvision.sampling import Sampling, read_samples
+from hcvision.study import GenerationStudy, Study, TensorMemory, interleaved_ratios, read_curve, table
 
 
 @pytest.fixture
@@ -201,3 +205,77 @@ def test_difference_of_settings():
 def test_wrong_arguments(make, arguments, message):
     with pytest.raises(ValueError, match=message):
         make(**arguments)
+
+
+@pytest.fixture
+def make_generation(image_folder, tiny_dit, tmp_path):
+    def build(**kwargs):
+        model = {"model": "dit_tiny_patch4_pixel", "model_args": tiny_dit, "lr": 2e-3, "ema_decay": 0.5}
+        arguments = {
+            "out": str(tmp_path / "study"),
+            "variants": ["residual", "dhc2"],
+            "seeds": [0, 1],
+            "model": {**model, "objective": "velocity", "sample_every": 1, "sample_count": 3, "sample_steps": 1},
+            "data": {"root": str(image_folder), "dataset": "folder", "batch_size": 8, "num_workers": 0},
+            "trainer": {"max_epochs": 2, "accelerator": "cpu", "enable_progress_bar": False},
+            "timing_rounds": 1,
+            "sampling": Sampling(steps=2, guidance=1.5),
+            "samples": 12,
+            "sample_batch": 5,
+            "real_images": 30,
+            "classifier_epochs": 1,
+        }
+        return GenerationStudy(**{**arguments, **kwargs})
+
+    return build
+
+
+def test_a_generation_study_trains_draws_and_scores(make_generation, monkeypatch):
+    report = make_generation().run(say=lambda _: None)
+    text, out = report.read_text(), report.parent
+    rows = list(csv.DictReader((out / "results.csv").read_text().splitlines()))
+    assert [(row["variant"], row["seed"]) for row in rows] == [(v, s) for s in "01" for v in ("residual", "dhc2")]
+    assert len({row["distance"] for row in rows}) == len({row["val_loss"] for row in rows}) == 4
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")]
+    assert lines[0] == [
+        "variant", "Fréchet distance", "minus residual", "class %", "val loss", "minus residual", "parameters",
+        "step time", "memory",
+    ]  # fmt: skip
+    losses = [float(row["val_loss"]) for row in rows if row["variant"] == "dhc2"]
+    assert lines[3][4].startswith(f"{sum(losses) / 2:.4f} ± ")
+    assert "12 samples (seed 0, guidance 1.5) against 30 training images, on the features of small classifier" in text
+    assert "It is no FID" in text
+    for name in ("samples.png", "curves.png"):
+        assert (out / name).read_bytes().startswith(b"\x89PNG")
+    assert len(read_curve(out / "dhc2" / "seed1", GenerationStudy.curves)["val_loss"]) == 2
+    assert read_samples(out / "dhc2" / "seed1" / "samples" / "parts", 12).shape == (12, 16, 16, 3)
+    assert (out / "dhc2" / "seed1" / "grids" / "epoch0002.png").is_file()
+
+    monkeypatch.setattr(GenerationStudy, "run_cell", lambda *_: pytest.fail("ran a finished cell again"))
+    assert make_generation().run(say=lambda _: None).read_text() == text
+    with pytest.raises(ValueError, match=r"other settings \(sampling.steps is 2 there and 3 here\)"):
+        make_generation(sampling=Sampling(steps=3, guidance=1.5)).run()
+
+
+def test_the_samples_of_a_cell_are_those_of_its_checkpoint(make_generation, tmp_path):
+    """The averaged weights: what `hcvision sample` draws from the cell's folder is what was scored."""
+    study = make_generation(variants=["residual"], seeds=[1], timing_rounds=0)
+    study.run(say=lambda _: None)
+    folder = tmp_path / "study" / "residual" / "seed1"
+    sample(str(folder), out=str(tmp_path / "again"), number=12, guidance=1.5, steps=2, accelerator="cpu", devices="1")
+    again = read_samples(tmp_path / "again" / "parts", 12)
+    assert torch.equal(again, read_samples(folder / "samples" / "parts", 12))
+
+
+def test_variants_see_the_same_times_and_noise(make_generation):
+    """At the start every variant predicts zero, so that the first loss of a seed is the same for all of them."""
+    study, first = make_generation(), {}
+    for variant in ("residual", "dhc2", "dfc2"):
+        for seed in (0, 1):
+            module = study.build_model(variant, 3, seed)
+            module.trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+            module.log = lambda *_, **__: None
+            batch = (torch.ones(4, 3, 16, 16), torch.tensor([0, 1, 2, 0]))
+            first[variant, seed] = module.training_step(batch, 0).item()
+    assert len(set(first.values())) == 2
+    assert first["residual", 0] == first["dhc2", 0] == first["dfc2", 0]
