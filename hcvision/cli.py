@@ -36,7 +36,7 @@ from hcvision.training import ImageClassifier, ImageGenerator, TimmModule
 USAGE = """\
 usage: hcvision COMMAND [--config FILE] [options]
 
-  fit        train a model
+  fit        train a model (--task generate: a diffusion model)
   validate   score a checkpoint on the validation images
   test       score a checkpoint on the test images
   predict    write the classes of the test images to predictions.csv

@@ -266,13 +266,6 @@ class GenerationStudy(Study):
 
     Args:
         out: folder of the study: a folder per cell, and report.md, results.csv, curves.png, samples.png.
-        title: headline of the report.
-        variants: connections to compare. Differences are to the first.
-        seeds: of the initial weights, the order of the images, the times and the noise.
-        model: arguments of ``ImageGenerator``, without connection, num_classes and seed.
-        data: arguments of ``ImageData``, without seed.
-        trainer: arguments of Lightning's Trainer.
-        timing_rounds: rounds of the interleaved step-time measurement; 0 leaves it out.
         sampling: how images are drawn for the scores.
         samples: images drawn per cell, as many of each class.
         sample_batch: images drawn at a time.
@@ -280,6 +273,8 @@ class GenerationStudy(Study):
         inception: file of Inception's weights, for the FID; without it a small classifier, trained on the same data
             and kept in ``out/classifier``, sees the images.
         classifier_epochs: of its training.
+        **kwargs: the arguments of ``Study``: variants, seeds, data, ...; ``model`` holds those of ``ImageGenerator``,
+            without connection, num_classes and seed.
 
     Raises:
         ValueError: an unknown variant, a variant or seed named twice, or a folder with cells that were
@@ -294,21 +289,16 @@ class GenerationStudy(Study):
     def __init__(
         self,
         out: str,
-        variants: list[str],
-        seeds: list[int],
-        model: dict[str, Any],
-        data: dict[str, Any],
-        trainer: dict[str, Any],
-        title: str = "Connections compared",
-        timing_rounds: int = 15,
+        *,
         sampling: Sampling | None = None,
         samples: int = 2000,
         sample_batch: int = 100,
         real_images: int = 10000,
         inception: str | None = None,
         classifier_epochs: int = 3,
+        **kwargs: Any,
     ):
-        super().__init__(out, variants, seeds, model, data, trainer, title, timing_rounds)
+        super().__init__(out, **kwargs)
         self.sampling, self.samples, self.sample_batch = sampling or Sampling(), samples, sample_batch
         self.real_images, self.inception, self.classifier_epochs = real_images, inception, classifier_epochs
         self.settings |= {"sampling": asdict(self.sampling), "samples": samples, "real_images": real_images}

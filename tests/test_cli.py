@@ -202,6 +202,10 @@ def test_fit_sample_and_score(dit_run, image_folder, tmp_path, capsys, monkeypat
     config = yaml.safe_load((dit_run / "config.yaml").read_text())
     assert (config["task"], config["data"]["scale"]) == ("generate", [1.0, 1.0])
 
+    main(["validate", f"--config={dit_run / 'config.yaml'}", "--trainer.enable_progress_bar=false"])
+    (row,) = metrics(dit_run)
+    assert f"{float(row['val_loss']):.4f}"[:5] in capsys.readouterr().out
+
     draw = ["sample", str(dit_run), "--number=10", "--steps=2", "--sampler=ddim", "--accelerator=cpu", "--npz=true"]
     main([*draw, "--classes=[zebra, 0]"])
     assert "10 images of 2 classes are in samples: samples.png and samples.npz" in capsys.readouterr().out
