@@ -119,9 +119,7 @@ class TimmModule(pl.LightningModule):
 
     def configure_callbacks(self) -> list[pl.Callback]:
         decay = self.hparams["ema_decay"]
-        if decay is None or self.trainer.state.fn != "fit":  # a checkpoint's weights are the average already
-            return []
-        return [EMAWeightAveraging(decay=decay)]
+        return [] if decay is None else [EMAWeightAveraging(decay=decay)]
 
     def setup(self, stage: str) -> None:
         if isinstance(self.data, ImageData):
