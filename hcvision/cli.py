@@ -486,7 +486,7 @@ def quieten() -> None:
     warnings.filterwarnings("ignore", message=".*smaller than the logging interval.*")
     warnings.filterwarnings("ignore", message=".*exists and is not empty.*")
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
-    warnings.filterwarnings("ignore", message=".*loading a checkpoint outside the 'fit' stage.*")  # which is the average
+    warnings.filterwarnings("ignore", message=".*loading a checkpoint outside the .fit. stage.*")  # the average itself
     warnings.filterwarnings("ignore", message=".*args parameter is intended to run from within Python.*")
     for name in ("pytorch_lightning.utilities.rank_zero", "lightning_fabric.utilities.seed"):
         logging.getLogger(name).setLevel(logging.WARNING)
