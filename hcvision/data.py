@@ -22,11 +22,12 @@ from typing import Any
 import numpy as np
 import pytorch_lightning as pl
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from pytorch_lightning.overrides.distributed import UnrepeatedDistributedSampler
 from pytorch_lightning.utilities.seed import isolate_rng
 from safetensors import SafetensorError, safe_open
 from timm.data import create_dataset, create_transform
+from timm.data.auto_augment import AugmentOp
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, get_worker_info
 from torchvision import datasets as tv_datasets
@@ -46,13 +47,14 @@ TIMM_PREFIXES = ("hfds/", "hfids/", "wds/", "tfds/", "torch/")
 
 @dataclass
 class BadImage:
-    """An image that could not be read, where, and why."""
+    """An image that could not be read or transformed, where, and why."""
 
     path: str
     reason: str
+    doing: str = "read"
 
     def __str__(self) -> str:
-        return f"cannot read image {self.path}: {self.reason}"
+        return f"cannot {self.doing} image {self.path}: {self.reason}"
 
 
 class Images(Dataset):
@@ -71,9 +73,11 @@ class Images(Dataset):
     def __getitem__(self, index: int | tuple[int, int]) -> tuple[Tensor, int] | BadImage:
         epoch, number = index if isinstance(index, tuple) else (None, index)
         position = self.indices[number]
+        doing = "read"
         try:
             image, target = self.base[position]
             image = image.convert(self.mode)
+            doing = "transform"
             if epoch is None:
                 return self.transform(image), target
             with isolate_rng(include_cuda=False) if get_worker_info() is None else contextlib.nullcontext():
@@ -85,7 +89,7 @@ class Images(Dataset):
         except (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError) as error:
             samples = getattr(self.base, "samples", None)
             path = samples[position][0] if samples else f"number {position}"
-            return BadImage(str(path), str(error).replace(str(path), "it"))
+            return BadImage(str(path), str(error).replace(str(path), "it"), doing)
 
 
 class LatentShards:
@@ -422,6 +426,7 @@ class ImageData(pl.LightningDataModule):
         transform: Any = None
         if self.dataset != "latents":
             transform = create_transform(**config, is_training=training, **(self.augmentation if training else {}))
+            keep_a_bit(transform)
         batch_size = self.batch_size if training else self.eval_batch_size
         trainer = self.trainer
         world, rank = (trainer.world_size, trainer.global_rank) if trainer else (1, 0)
@@ -505,6 +510,22 @@ class ImageData(pl.LightningDataModule):
                 self.warned.add(bad.path)
                 warnings.warn(f"left out: {bad}", stacklevel=2)
         return batch.images, batch.targets
+
+
+def keep_a_bit(transform: Any) -> None:
+    """Have timm's augmentation posterize to one bit where it would to none, which Pillow 13 refuses."""
+    for name in ("transforms", "ops", "policy"):
+        for member in getattr(transform, name, None) or ():
+            keep_a_bit(member)
+    if isinstance(transform, list):  # a policy's
+        for member in transform:
+            keep_a_bit(member)
+    if isinstance(transform, AugmentOp) and transform.name.startswith("Posterize"):
+        transform.aug_fn = posterize
+
+
+def posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
+    return ImageOps.posterize(image, max(bits, 1)) if bits < 8 else image
 
 
 def open_folder(folder: Path) -> tv_datasets.ImageFolder:

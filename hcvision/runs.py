@@ -108,8 +108,10 @@ def equip(
     callbacks = trainer.get("callbacks") or []
     callbacks = [*callbacks] if isinstance(callbacks, list) else [callbacks]
     if trainer.get("enable_checkpointing") is not False:
-        name, mode = monitor
-        callbacks.append(ModelCheckpoint(checkpoint_folder(run), "best", monitor=name, mode=mode, save_last=True))
+        # two callbacks: with save_last Lightning renews the last one only when the best one is renewed
+        place: dict[str, Any] = {"dirpath": checkpoint_folder(run), "enable_version_counter": False}
+        callbacks.append(ModelCheckpoint(filename="last", **place))
+        callbacks.append(ModelCheckpoint(filename="best", monitor=monitor[0], mode=monitor[1], **place))
     if arguments["logger"]:
         callbacks.append(LearningRateMonitor(logging_interval="step"))
     if trainer.get("enable_progress_bar") is not False and not any(isinstance(c, ProgressBar) for c in callbacks):

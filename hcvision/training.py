@@ -1,6 +1,8 @@
 """Lightning modules around timm models: classification and diffusion."""
 
 import difflib
+import os
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -58,6 +60,8 @@ class TimmModule(pl.LightningModule):
         sched_args: more arguments of timm's schedule, in epochs: decay_epochs, decay_rate, ...
         ema_decay: evaluate and save an exponential moving average of the weights.
         compile: run the model through torch.compile.
+        skip_nonfinite: how many updates may be left out because the loss or its gradient is NaN or infinite; one
+            more stops the run.
 
     Raises:
         ValueError: an unknown model, optimizer or schedule, with the nearest names.
@@ -88,6 +92,7 @@ class TimmModule(pl.LightningModule):
         sched_args: dict[str, Any] | None = None,
         ema_decay: float | None = None,
         compile: bool = False,
+        skip_nonfinite: int = 0,
     ):
         super().__init__()
         check_name("model", model.partition(".")[0], timm.list_models(), remote=True)
@@ -104,6 +109,7 @@ class TimmModule(pl.LightningModule):
             model, connection, pretrained=pretrained, num_classes=num_classes, **(model_args or {})
         )
         self.check_model(model)
+        self.skipped, self.last_loss = 0, torch.zeros(())
         # the pretrained weights' view of images, at the size and channels this model was built for
         self.data_config = resolve_model_data_config(self.model)
         self.data_config["input_size"] = get_model_input_config(self.model)["input_size"]
@@ -138,6 +144,39 @@ class TimmModule(pl.LightningModule):
     def data(self) -> Any:
         """The data module of the trainer, or None."""
         return getattr(self.trainer, "datamodule", None)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Seed what is random in a step (dropout, mixup, ...) by the run's seed, the epoch, the batch and the process.
+
+        So a run that goes on after a kill is the run that was not killed.
+        """
+        place = (int(os.environ.get("PL_GLOBAL_SEED", 0)), self.current_epoch, batch_idx, self.global_rank)
+        first, second = np.random.SeedSequence(place).generate_state(2)
+        torch.manual_seed(int(first))
+        np.random.seed(second)  # noqa: NPY002 - the generator that timm's mixup draws from
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Leave out an update whose loss or gradient is not finite, or stop.
+
+        Raises:
+            ValueError: it is one more than ``skip_nonfinite``; says the step, the rate and the last checkpoint.
+        """
+        values = [self.last_loss]
+        if self.trainer.precision != "16-mixed":  # there the scaler leaves out what overflows
+            values.append(nn.utils.get_total_norm([p.grad for p in self.parameters() if p.grad is not None]))
+        if all(bool(value.isfinite()) for value in values):
+            return
+        self.skipped += 1
+        what = "loss" if not self.last_loss.isfinite() else "gradient"
+        rate = max(group["lr"] for group in optimizer.param_groups)
+        where = f"the {what} is not finite at step {self.global_step} (epoch {self.current_epoch}, lr {rate:.3g})"
+        if self.skipped > self.hparams["skip_nonfinite"]:
+            kept = [c.last_model_path or c.best_model_path for c in self.trainer.checkpoint_callbacks]  # type: ignore[attr-defined]
+            last = max(filter(os.path.isfile, kept), key=os.path.getmtime, default="none yet")
+            raise ValueError(f"{where}; last good checkpoint: {last}. A smaller lr or gradient clipping may help")
+        warnings.warn(f"{where}; this update is left out", stacklevel=2)
+        for parameter in self.parameters():
+            parameter.grad = None
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add how the images were prepared and what the classes are called."""
@@ -306,6 +345,7 @@ class ImageClassifier(TimmModule):
             loss = self.loss(logits, targets)
             self.train_top1(logits, targets)
             self.log("train_top1", self.train_top1, on_step=False, on_epoch=True)
+        self.last_loss = loss.detach()
         self.log("loss", loss, on_step=True, prog_bar=True)
         self.log("train_loss", loss, on_step=False, on_epoch=True, batch_size=len(images), sync_dist=True)
         return loss
@@ -437,6 +477,7 @@ class ImageGenerator(TimmModule):
         place = (self.hparams["seed"], self.current_epoch, batch_idx, self.global_rank)
         state = int(np.random.SeedSequence(place).generate_state(1)[0])
         loss = self.batch_loss(batch, torch.Generator(images.device).manual_seed(state))
+        self.last_loss = loss.detach()
         self.log("loss", loss, on_step=True, prog_bar=True)
         self.log("train_loss", loss, on_step=False, on_epoch=True, batch_size=len(images), sync_dist=True)
         return loss

@@ -5,9 +5,10 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
+from PIL import Image
 
 from hcvision import data
-from hcvision.data import FASHION_FILES, BadImage, Batch, ImageData, find_fashion_mnist, split_by_class
+from hcvision.data import FASHION_FILES, BadImage, Batch, ImageData, find_fashion_mnist, posterize, split_by_class
 
 
 def test_folder_gives_every_validation_image_once_in_order(image_folder):
@@ -225,3 +226,33 @@ def test_a_timm_dataset_string(tmp_path, image_folder):
     assert len(module.train_dataloader().dataset) == 72
     targets = torch.cat([batch.targets for batch in module.val_dataloader()])
     assert targets.bincount().tolist() == [13, 13, 13]
+
+
+@pytest.mark.parametrize("policy", ["rand-m10-inc1-n8", "original", "originalr", "v0", "3a", "augmix-m10-d6"])
+def test_augmentation_at_full_strength(image_folder, policy):
+    """timm asks for zero bits there, which Pillow 13 refuses: no image is lost to it, and the rest is timm's."""
+    data = ImageData(root=str(image_folder), batch_size=8, num_workers=0, auto_augment=policy, img_size=16)
+    for epoch in range(6):
+        loader = data.train_dataloader()
+        loader.sampler.set_epoch(epoch)
+        assert [bad for batch in loader for bad in batch.bad] == []
+
+
+def test_posterize_keeps_a_bit():
+    image = Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16))
+    assert set(np.unique(posterize(image, 0))) == {0, 128}
+    assert len(np.unique(posterize(image, 3))) == 8
+    assert posterize(image, 8) is image
+
+
+def test_an_image_that_cannot_be_transformed_is_not_called_unreadable(image_folder):
+    data = ImageData(root=str(image_folder), batch_size=8, num_workers=0)
+
+    def broken(image):
+        raise ValueError("no way")
+
+    loader = data.train_dataloader()
+    loader.dataset.transform = broken
+    (bad, *_) = next(iter(loader)).bad
+    assert str(bad).startswith(f"cannot transform image {image_folder}")
+    assert str(bad).endswith(": no way")

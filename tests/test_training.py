@@ -1,5 +1,10 @@
+import itertools
 import math
+import os
 import pickle
+import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -442,3 +447,136 @@ def test_a_checkpoint_knows_its_images(build, fit, tmp_path):
     assert checkpoint["class_names"] == ["left-out", "müller straße", "zebra"]
     assert checkpoint["data_config"]["input_size"] == [3, 32, 32]
     assert checkpoint["data_config"]["mean"] == [0.5, 0.5, 0.5]
+
+
+def spoil(model, *steps):
+    """A loss of NaN at these steps."""
+    original, count = model.training_step, iter(range(10**6))
+
+    def training_step(batch, batch_idx):
+        loss = original(batch, batch_idx)
+        if next(count) in steps:
+            loss = loss * float("nan")
+            model.last_loss = loss.detach()
+        return loss
+
+    model.training_step = training_step
+
+
+def test_a_loss_that_is_nan_stops_the_run(build, fit, tmp_path):
+    model = build(lr=1e-3, sched="constant")
+    spoil(model, 12)
+    keep = pl.callbacks.ModelCheckpoint(tmp_path / "checkpoints", save_last=True)
+    last = re.escape(str(tmp_path / "checkpoints" / "last.ckpt"))
+    message = rf"the loss is not finite at step 12 \(epoch 1, lr 0.001\); last good checkpoint: {last}\. A smaller lr"
+    with pytest.raises(ValueError, match=message):
+        fit(model, callbacks=[keep], enable_checkpointing=True)
+    assert all(p.isfinite().all() for p in model.parameters())
+    assert read_checkpoint(keep.last_model_path)["global_step"] == 9
+    model = build(lr=1e-3)
+    spoil(model, 0)
+    with pytest.raises(ValueError, match=r"step 0 .*last good checkpoint: none yet"):
+        fit(model)
+
+
+def test_updates_that_are_not_finite_can_be_left_out(build, fit):
+    weights = []
+
+    class Watch(pl.Callback):
+        def on_train_batch_end(self, trainer, module, *_):
+            weights.append(module.model.head.weight.detach().clone())
+
+    model = build(lr=1e-3, skip_nonfinite=2)
+    spoil(model, 3, 5)
+    with pytest.warns(UserWarning, match="the loss is not finite at step .*; this update is left out") as caught:
+        fit(model, max_epochs=1, callbacks=[Watch()])
+    assert sum("left out" in str(warning.message) for warning in caught) == 2
+    moved = [not torch.equal(a, b) for a, b in itertools.pairwise(weights)]
+    assert moved == [True, True, False, True, False, True, True, True]
+    model = build(lr=1e-3, skip_nonfinite=1)
+    spoil(model, 3, 5)
+    with (
+        pytest.warns(UserWarning, match="left out"),
+        pytest.raises(ValueError, match=r"the loss is not finite at step 5"),
+    ):
+        fit(model, max_epochs=1)
+
+
+def test_a_gradient_that_is_infinite_stops_the_run(build, fit):
+    model = build(lr=1e-3)
+    model.model.head.weight.register_hook(lambda grad: grad / 0)
+    with pytest.raises(ValueError, match="the gradient is not finite at step 0"):
+        fit(model)
+
+
+DRIVER = """
+import os, random, signal, sys, time
+import pytorch_lightning as pl, torch
+from hcvision.cli import quieten
+from hcvision.data import ImageData
+from hcvision.runs import equip, keep_metrics, last_checkpoint
+from hcvision.training import ImageClassifier
+from pathlib import Path
+
+quieten()
+root, out, kills = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
+model = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3, "drop_path_rate": 0.2}
+
+
+def train(pipe):
+    class Count(pl.Callback):
+        def on_train_batch_end(self, *_):
+            os.write(pipe, b".")
+
+    torch.set_num_threads(1)
+    pl.seed_everything(3, workers=True, verbose=False)
+    data = ImageData(root=root, batch_size=8, num_workers=0, auto_augment="rand-m9-mstd0.5-inc1", seed=3)
+    module = ImageClassifier(
+        "vit_tiny_patch16_224", connection="dhc2", num_classes=3, model_args={**model, "proj_drop_rate": 0.1},
+        lr=1e-3, warmup_steps=5, mixup=0.8, cutmix=1.0, ema_decay=0.9,
+    )
+    trainer = {"accelerator": "cpu", "max_epochs": 16, "enable_progress_bar": False, "enable_model_summary": False,
+               "callbacks": [Count()], "num_sanity_val_steps": 0}
+    keep_metrics(out)
+    checkpoint = last_checkpoint(out)
+    pl.Trainer(**equip(out, trainer)).fit(module, data, ckpt_path=checkpoint, weights_only=True)
+
+
+random.seed(0)
+for number in range(kills + 1):
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(read)
+        train(write)
+        os._exit(0)
+    os.close(write)
+    if number < kills:
+        for _ in range(random.randint(1, 14)):
+            if not os.read(read, 1):
+                sys.exit("it ended before it could be killed")
+        time.sleep(random.random() / 20)
+        os.kill(child, signal.SIGKILL)
+    _, status = os.waitpid(child, 0)
+    os.close(read)
+    assert number < kills or status == 0, status
+"""
+
+
+def test_a_run_that_is_killed_again_and_again_ends_with_the_same_weights(image_folder, tmp_path):
+    """kill -9 at twenty random moments: augmentation, mixup, dropout, schedule, optimizer and average go on."""
+    states = []
+    for kills in (0, 20):
+        out = tmp_path / f"killed{kills}"
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", DRIVER, str(image_folder), str(out), str(kills)],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        states.append(read_checkpoint(out / "checkpoints" / "last.ckpt"))
+    for key in ("state_dict", "current_model_state"):
+        assert states[0][key].keys() == states[1][key].keys()
+        assert all(torch.equal(states[0][key][name], states[1][key][name]) for name in states[0][key]), key
+    assert states[0]["global_step"] == states[1]["global_step"] == 144
