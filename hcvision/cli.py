@@ -25,10 +25,18 @@ from tqdm import tqdm
 
 from hcvision.convert import coverage
 from hcvision.data import ImageData
-from hcvision.latents import encode_folder
-from hcvision.runs import equip, keep_metrics, last_checkpoint, read_checkpoint, write_json
+from hcvision.latents import encode_folder, load_vae
+from hcvision.runs import equip, is_first_process, keep_metrics, last_checkpoint, read_checkpoint, write_json
 from hcvision.sampling import Sampling, columns_of, draw_samples, enlarge, grid, read_samples, write_npz
-from hcvision.scoring import Inception, SmallClassifier, look_at_data, look_at_samples, open_samples, train_classifier
+from hcvision.scoring import (
+    Extractor,
+    Inception,
+    SmallClassifier,
+    look_at_data,
+    look_at_samples,
+    open_samples,
+    train_classifier,
+)
 from hcvision.scoring import compare as compare_features
 from hcvision.study import GenerationStudy, Study
 from hcvision.training import ImageClassifier, ImageGenerator, TimmModule
@@ -191,7 +199,7 @@ def find_task(arguments: list[str]) -> str:
     """What ``--task`` says, or the last configuration file that says it: it decides which options there are."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--task")
-    parser.add_argument("--config", action="append", default=[])
+    parser.add_argument("-c", "--config", action="append", default=[])
     options = parser.parse_known_args(arguments)[0]
     task = options.task
     for path in reversed(options.config):
@@ -229,10 +237,6 @@ def make_room(run: Path) -> None:
     print(f"{run} ended before its first checkpoint; it was moved to {aside}")
 
 
-def is_first_process() -> bool:
-    return all(os.environ.get(name, "0") == "0" for name in ("LOCAL_RANK", "RANK", "SLURM_PROCID"))
-
-
 def run_lightning(arguments: list[str]) -> None:
     """fit, validate, test and predict; ``arguments`` begin with which."""
     CommandLine(
@@ -263,7 +267,8 @@ def compare(arguments: list[str]) -> None:
     defaults = parser.get_defaults().as_dict()["trainer"]
     config["trainer"] = {name: value for name, value in config["trainer"].items() if value != defaults[name]}
     report = STUDIES[task](**config).run()
-    print(f"\n{report.read_text()}\nreport: {report}")
+    if is_first_process():
+        print(f"\n{report.read_text()}\nreport: {report}")
 
 
 def run_function(function: Callable[..., Any]) -> Callable[[list[str]], None]:
@@ -362,7 +367,8 @@ def load_generator(
     module = ImageGenerator(**{**hparams, "pretrained": False, "init_from": None, "vae": vae or hparams["vae"]})
     module.on_load_checkpoint(checkpoint)
     module.load_state_dict(checkpoint["state_dict"])
-    module.data_config, module.class_names = checkpoint["data_config"], checkpoint["class_names"]
+    module.data_config |= checkpoint.get("data_config", {})
+    module.class_names = checkpoint.get("class_names")
     return able_to_draw(module)
 
 
@@ -373,6 +379,8 @@ def able_to_draw(module: ImageGenerator) -> ImageGenerator:
         raise ValueError(
             f"the model draws latents of {channels} channels; --vae names the VAE that makes images of them"
         )
+    if module.hparams["vae"] is not None:
+        load_vae(module.hparams["vae"])
     return module.eval()
 
 
@@ -412,11 +420,11 @@ def score(arguments: list[str]) -> None:
     parser.add_class_arguments(ImageData, "data", instantiate=False)
     options = parser.parse_args(arguments)
     path = Path(options.samples)
-    shape = open_samples(path).shape
+    shape = open_samples(path)[0].shape
     device = ("cuda" if torch.cuda.is_available() else "cpu") if options.device == "auto" else options.device
     input_size = (shape[3], *shape[1:3])
     data = options.data.as_dict()
-    extractor: Inception | SmallClassifier
+    extractor: Extractor
     if options.inception:
         extractor = Inception(None if options.inception == "download" else options.inception, device)
     else:

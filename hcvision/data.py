@@ -203,7 +203,8 @@ class ImageData(pl.LightningDataModule):
 
     Args:
         dataset: ``folder`` (ROOT/train/CLASS/IMAGE and ROOT/val/CLASS/IMAGE, optionally ROOT/test; or
-            ROOT/CLASS/IMAGE together with val_fraction), ``fashion_mnist``, ``cifar10``,
+            ROOT/CLASS/IMAGE together with val_fraction), ``latents`` (shards that ``hcvision encode``
+            made), ``fashion_mnist``, ``cifar10``,
             ``cifar100``, or a dataset string of timm (``hfds/...``, ``wds/...``, ``tfds/...``,
             ``torch/...``).
         root: where the images are, or where torchvision downloads them to.
@@ -446,7 +447,8 @@ class ImageData(pl.LightningDataModule):
         else:
             base, indices = self.stages.get(stage, self.stages["val"])
             if self.dataset == "latents":
-                dataset = Latents(base, indices, self.augmentation["hflip"], self.seed)
+                hflip = 0.0 if self.augmentation["no_aug"] else self.augmentation["hflip"]
+                dataset = Latents(base, indices, hflip, self.seed)
             else:
                 dataset = Images(base, indices, transform, mode, self.seed)
         if not isinstance(dataset, IterableDataset):
@@ -503,13 +505,17 @@ class ImageData(pl.LightningDataModule):
         return self._loader("test")
 
     def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> tuple[Tensor, Tensor]:
-        for bad in batch.bad:
+        self.report_bad(batch.bad)
+        return batch.images, batch.targets
+
+    def report_bad(self, images: list[BadImage]) -> None:
+        """Raise ValueError for the first of them, or warn of each once when they are to be left out."""
+        for bad in images:
             if not self.skip_bad_images:
                 raise ValueError(f"{bad} (--data.skip_bad_images true leaves such images out)")
             if bad.path not in self.warned:
                 self.warned.add(bad.path)
                 warnings.warn(f"left out: {bad}", stacklevel=2)
-        return batch.images, batch.targets
 
 
 def keep_a_bit(transform: Any) -> None:

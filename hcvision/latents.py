@@ -111,7 +111,7 @@ def encode_folder(
         shards = range(0, len(base), shard_size)
         about = {
             "format": LATENT_FORMAT, "vae": vae, "image_size": str(image_size), "classes": json.dumps(base.classes),
-            "images": str(len(base)), "shards": str(len(shards)), "seed": str(seed),
+            "images": str(len(base)), "shard_size": str(shard_size), "shards": str(len(shards)), "seed": str(seed),
         }  # fmt: skip
         for number, start in enumerate(shards):
             path = Path(out) / f"{split}-{number:05}.safetensors"
@@ -167,5 +167,5 @@ def check_shard(path: Path, about: dict[str, str]) -> None:
     for key, value in about.items():
         if there.get(key) != value:
             raise ValueError(
-                f"{path} is there already with {key} {there.get(key)!r}, not {value!r}; give another --out"
+                f"{path} is there already with {key} {there.get(key)!r}, not {value!r}; give another folder"
             )

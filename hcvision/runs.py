@@ -1,6 +1,8 @@
 """A run and its folder: checkpoints, metrics, loggers, and the progress bar."""
 
+import argparse
 import json
+import os
 import pickle
 import time
 from pathlib import Path
@@ -72,11 +74,14 @@ def last_checkpoint(run: Path) -> Path | None:
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """A checkpoint's contents, tensors mapped and not copied. Executes nothing that the file says.
 
+    Options of a program (argparse.Namespace), which some checkpoints hold, are let through.
+
     Raises:
         ValueError: it is no checkpoint, or a damaged one.
     """
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
         raise ValueError(f"{path} is no checkpoint, or a damaged one: {str(error).splitlines()[0]}") from error
 
@@ -117,6 +122,11 @@ def equip(
     if trainer.get("enable_progress_bar") is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
         callbacks.append(Progress(title=title))
     return {**arguments, "callbacks": callbacks}
+
+
+def is_first_process() -> bool:
+    """Whether this is the process that writes, also before Lightning has told the others what they are."""
+    return all(os.environ.get(name, "0") == "0" for name in ("LOCAL_RANK", "RANK", "SLURM_PROCID"))
 
 
 def write_json(path: Path, value: Any) -> None:

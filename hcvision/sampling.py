@@ -17,9 +17,11 @@ import torch
 from PIL import Image
 from pytorch_lightning.callbacks import Callback
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from torchvision.utils import make_grid
 from tqdm import tqdm
+
+from hcvision.runs import is_first_process, write_json
 
 
 @dataclass(frozen=True)
@@ -65,18 +67,19 @@ def columns_of(classes: Sequence[int]) -> int:
     return len(classes) if 1 < len(classes) <= 16 else 8
 
 
-class Chunks(Dataset):
-    """Ranges of image numbers that are still to be drawn, and the class of each."""
+class Chunks(pl.LightningDataModule):
+    """Ranges of image numbers that are still to be drawn, and the class of each; every process takes its share."""
 
     def __init__(self, missing: list[range], classes: Sequence[int]):
-        self.missing, self.classes = missing, classes
+        super().__init__()
+        self.missing, self.classes = missing, torch.tensor(classes)
+        self.allow_zero_length_dataloader_with_multiple_devices = True
 
-    def __len__(self) -> int:
-        return len(self.missing)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        numbers = torch.tensor(list(self.missing[index]))
-        return numbers, torch.tensor(self.classes)[numbers % len(self.classes)]
+    def predict_dataloader(self) -> DataLoader:
+        numbers = [torch.tensor(list(span)) for span in self.missing]
+        batches: Any = [(chunk, self.classes[chunk % len(self.classes)]) for chunk in numbers]
+        assert self.trainer is not None
+        return DataLoader(batches[self.trainer.global_rank :: self.trainer.world_size], batch_size=None)
 
 
 class WriteParts(Callback):
@@ -110,9 +113,11 @@ class WriteParts(Callback):
 
 
 def fingerprint(module: Any) -> str:
-    """What tells one set of weights from another: a hash of the model's last layer."""
-    state = module.model.final_layer.state_dict()
-    return hashlib.sha256(b"".join(v.float().cpu().numpy().tobytes() for v in state.values())).hexdigest()[:16]
+    """What tells one set of weights from another: a hash of all of them."""
+    digest = hashlib.sha256()
+    for value in module.model.state_dict().values():
+        digest.update(value.detach().float().cpu().contiguous().numpy().data)
+    return digest.hexdigest()[:16]
 
 
 def parts(folder: Path) -> list[tuple[range, Path]]:
@@ -162,7 +167,13 @@ def draw_samples(
     if wrong or not classes:
         raise ValueError(f"classes must be one or more of 0 to {count - 1}, got {list(classes)}")
     module.check_sampling(plan)
-    settings = json.loads(json.dumps({"plan": asdict(plan), "classes": list(classes), "weights": fingerprint(module)}))
+    arguments = dict(trainer or {})
+    plan = module.settle(plan)
+    settings = {
+        "plan": asdict(plan), "classes": list(classes), "class_names": module.class_names,
+        "weights": fingerprint(module), "objective": module.hparams["objective"], "vae": module.hparams["vae"],
+        "precision": str(arguments.get("precision", "32-true")),
+    }  # fmt: skip
     about, folder = out / "sampling.json", out / "parts"
     if about.is_file():
         there = json.loads(about.read_text())
@@ -170,11 +181,13 @@ def draw_samples(
             if there.get(name) != settings[name]:
                 raise ValueError(
                     f"{out} was begun with other {name} ({there.get(name)} there, {settings[name]} here); "
-                    "give another --out"
+                    "give another folder (--out)"
                 )
-    elif out.exists() and any(out.iterdir()):
-        raise ValueError(f"{out} exists and holds something else; give another --out")
-    arguments = dict(trainer or {})
+    elif is_first_process():
+        if out.exists() and any(out.iterdir()):
+            raise ValueError(f"{out} exists and holds something else; give another folder (--out)")
+        write_json(about, settings)
+    folder.mkdir(parents=True, exist_ok=True)
     show = arguments.pop("enable_progress_bar", None) is not False
     writer = WriteParts(folder, number, show)
     runner = pl.Trainer(
@@ -183,18 +196,15 @@ def draw_samples(
         enable_checkpointing=False,
         enable_model_summary=False,
         enable_progress_bar=False,
+        use_distributed_sampler=False,
         **arguments,
     )
-    if runner.is_global_zero:
-        folder.mkdir(parents=True, exist_ok=True)
-        about.write_text(json.dumps(settings, indent=1))
     done = [span for span, _ in parts(folder) if span.start < number]
     missing = gaps(done, number, batch_size)
     if missing:
         writer.done = number - sum(map(len, missing))
         module.sampling = plan
-        loader: Any = DataLoader(Chunks(missing, classes), batch_size=None)
-        runner.predict(module, loader, return_predictions=False)
+        runner.predict(module, datamodule=Chunks(missing, classes), return_predictions=False)
     runner.strategy.barrier()
     return folder
 

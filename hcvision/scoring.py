@@ -7,10 +7,10 @@ torch-fidelity computes the scores.
 
 import json
 import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import pytorch_lightning as pl
@@ -32,19 +32,20 @@ from hcvision.training import ImageClassifier
 SMALL_CNN, CNN_SIZE = "resnet10t", {"channels": [32, 64, 96, 128], "output_stride": 16}
 
 
-class Extractor(Protocol):
+class Extractor:
     """Features and logits of images."""
 
     name: str  # of the network
+    class_names: list[str] | None = None  # of its logits, where they are those of the data
     distance: str  # what the Fréchet distance on its features is called
     score: str  # what the exponential of the mean divergence of its predictions is called
 
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """(B, H, W, C) uint8 to features (B, F) and logits (B, K)."""
-        ...
+        raise NotImplementedError
 
 
-class Inception:
+class Inception(Extractor):
     """torch-fidelity's Inception v3, as in published numbers.
 
     Args:
@@ -77,7 +78,7 @@ class Inception:
         return features.cpu(), logits.cpu()
 
 
-class SmallClassifier:
+class SmallClassifier(Extractor):
     """A small CNN trained on the images that a model draws, kept in a folder: weights, and how it was trained.
 
     Args:
@@ -99,6 +100,7 @@ class SmallClassifier:
         self.net.load_state_dict(load_file(folder / "classifier.safetensors"))
         self.net.eval().to(device)
         self.device = device
+        self.class_names = self.about["class_names"]
         self.name = f"small classifier ({self.about['model']['model_name']}, {100 * self.about['top1']:.1f} % top-1)"
 
     @torch.no_grad()
@@ -136,30 +138,28 @@ def train_classifier(
         ValueError: it holds a classifier of other images.
     """
     about = folder / "classifier.json"
-    channels, *size = input_size
-    identity = {"dataset": data.get("dataset", "folder"), "input_size": [channels, *size], "epochs": epochs}
+    channels = input_size[0]
+    kept = {key: data[key] for key in ("dataset", "root", "val_fraction", "num_workers", "num_classes") if key in data}
+    half, whole = [0.5] * channels, (1.0, 1.0)
+    images = ImageData(
+        **kept, eval_batch_size=500, hflip=0.0, scale=whole, ratio=whole, crop_pct=1.0, mean=half, std=half
+    )
+    images.prepare_data()
+    images.setup("test")
+    count = len(images.stages["train"][1])
+    identity = {
+        "dataset": images.dataset, "class_names": images.class_names, "images": count, "input_size": list(input_size),
+        "epochs": epochs,
+    }  # fmt: skip
     if about.is_file():
-        difference = first_difference({key: json.loads(about.read_text())[key] for key in identity}, identity)
+        there = json.loads(about.read_text())
+        difference = first_difference({key: there.get(key) for key in identity}, identity)
         if difference:
             raise ValueError(f"{folder} holds a classifier of other images: {difference}")
         return folder
     say(f"training the small classifier that scores the samples ({epochs} epochs)")
-    kept = {key: data[key] for key in ("dataset", "root", "val_fraction", "num_workers", "num_classes") if key in data}
-    half, whole = [0.5] * channels, (1.0, 1.0)
-    images = ImageData(
-        **kept,
-        eval_batch_size=500,
-        hflip=0.0,
-        scale=whole,
-        ratio=whole,
-        crop_pct=1.0,
-        mean=half,
-        std=half,
-    )
     pl.seed_everything(0, workers=True, verbose=False)
-    images.prepare_data()
-    images.setup("test")
-    images.batch_size = max(2, min(128, len(images.stages["train"][1]) // 10))
+    images.batch_size = max(2, min(128, count // 10))
     module = ImageClassifier(
         SMALL_CNN, model_args={**CNN_SIZE, "in_chans": channels}, num_classes=images.num_classes, lr=3e-3
     )
@@ -202,43 +202,65 @@ def look(extractor: Extractor, batches: Iterable[Tensor], total: int, title: str
 def look_at_data(
     extractor: Extractor, data: ImageData, split: str, input_size: tuple[int, int, int], number: int
 ) -> Features:
-    """Features of real images, chosen by ``data.split_seed`` and prepared as for evaluation."""
-    loader = data.plain_loader(split, input_size, number)
+    """Features of real images, chosen by ``data.split_seed`` and prepared as for evaluation.
+
+    Raises:
+        ValueError: an image cannot be read and ``data.skip_bad_images`` is not set.
+    """
+    loader: Any = data.plain_loader(split, input_size, number)
     half = (0.5,) * input_size[0]
-    batches = (to_uint8(batch.images, half, half) for batch in loader)
-    return look(extractor, batches, min(number, len(loader.dataset)), f"real {split} images")  # type: ignore[arg-type]
+
+    def batches() -> Iterator[Tensor]:
+        for batch in loader:
+            data.report_bad(batch.bad)
+            if len(batch.images):
+                yield to_uint8(batch.images, half, half)
+
+    return look(extractor, batches(), len(loader.dataset), f"real {split} images")
 
 
 def look_at_samples(extractor: Extractor, path: Path, number: int | None = None) -> Features:
     """Features of what ``hcvision sample`` drew: its folder, or any .npz with ``arr_0`` (N, H, W, C) uint8.
 
+    The classes they were drawn as are known in a folder; they are kept if the network's classes are the same ones.
+
     Raises:
         FileNotFoundError: there is nothing.
         ValueError: fewer than ``number`` images, or no images at all.
     """
-    classes, images = None, open_samples(path)
+    files = open_samples(path)
+    total = sum(map(len, files))
+    count = total if number is None else number
+    if count > total or count < 2:
+        raise ValueError(f"number must be 2 to {total}, the images in {path}, got {count}")
+
+    def batches() -> Iterator[Tensor]:
+        left = count
+        for images in files:
+            yield from torch.from_numpy(np.array(images[:left])).split(250)
+            left = max(left - len(images), 0)
+            if left == 0:
+                return
+
+    seen = look(extractor, batches(), count, "samples")
     if path.is_dir():
-        classes = torch.tensor(json.loads((path / "sampling.json").read_text())["classes"])
-    count = len(images) if number is None else number
-    if count > len(images) or count < 2:
-        raise ValueError(f"number must be 2 to {len(images)}, the images in {path}, got {count}")
-    seen = look(extractor, torch.from_numpy(images[:count]).split(250), count, "samples")
-    if classes is not None:
-        seen.classes = classes[torch.arange(count) % len(classes)]
+        about = json.loads((path / "sampling.json").read_text())
+        classes = torch.tensor(about["classes"])
+        if extractor.class_names is not None and about["class_names"] in (extractor.class_names, None):
+            seen.classes = classes[torch.arange(count) % len(classes)]
     return seen
 
 
-def open_samples(path: Path) -> np.ndarray:
-    """(N, H, W, C), uint8."""
+def open_samples(path: Path) -> list[np.ndarray]:
+    """Arrays (N, H, W, C), uint8; those of a folder are not in memory until they are used."""
     if path.is_dir():
         files = parts(path / "parts")
         if not files:
             raise FileNotFoundError(f"there are no samples in {path}; `hcvision sample` draws them")
-        if any(
-            span.start != end for (span, _), end in zip(files, [0, *(span.stop for span, _ in files)], strict=False)
-        ):
+        ends = [0, *(span.stop for span, _ in files)]
+        if any(span.start != end for (span, _), end in zip(files, ends, strict=False)):
             raise ValueError(f"the samples in {path} have gaps; `hcvision sample` with the same options goes on")
-        return np.concatenate([np.load(file) for _, file in files])
+        return [np.load(file, mmap_mode="r") for _, file in files]
     if not path.is_file():
         raise FileNotFoundError(f"there are no samples {path}: neither a folder of `hcvision sample` nor a .npz")
     try:
@@ -247,7 +269,7 @@ def open_samples(path: Path) -> np.ndarray:
         raise ValueError(f"{path} is no .npz with arr_0: {error}") from error
     if images.ndim != 4 or images.dtype != np.uint8:
         raise ValueError(f"arr_0 of {path} must be (N, H, W, C) uint8, got {images.shape} {images.dtype}")
-    return images
+    return [images]
 
 
 def compare(samples: Features, real: Features) -> dict[str, float]:
@@ -262,7 +284,7 @@ def compare(samples: Features, real: Features) -> dict[str, float]:
     distance = fid_statistics_to_metric(
         *(fid_features_to_statistics(which.features.double()) for which in (samples, real)), verbose=False
     )
-    score = isc_features_to_metric(samples.logits)
+    score = isc_features_to_metric(samples.logits, splits=min(10, len(samples.logits)))
     neighbours = prc_features_to_metric(
         samples.features, real.features, prc_neighborhood=3, prc_batch_size=2000, save_cpu_ram=True, verbose=False
     )
@@ -272,6 +294,6 @@ def compare(samples: Features, real: Features) -> dict[str, float]:
         "precision": neighbours[KEY_METRIC_PRECISION],
         "recall": neighbours[KEY_METRIC_RECALL],
     }
-    if samples.classes is not None and samples.classes.max() < samples.logits.shape[1]:
+    if samples.classes is not None:
         scores["accuracy"] = (samples.logits.argmax(1) == samples.classes).double().mean().item()
     return scores

@@ -25,16 +25,27 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from hcvision.connections import parse_connection
-from hcvision.data import ImageData
-from hcvision.runs import equip, first_difference, keep_metrics, last_checkpoint, metrics_files, write_json
-from hcvision.sampling import Sampling, draw_samples, grid, read_samples
+from hcvision.data import TIMM_PREFIXES, ImageData
+from hcvision.runs import (
+    equip,
+    first_difference,
+    is_first_process,
+    keep_metrics,
+    last_checkpoint,
+    metrics_files,
+    read_checkpoint,
+    write_json,
+)
+from hcvision.sampling import Sampling, columns_of, draw_samples, grid, read_samples
 from hcvision.scoring import (
+    Extractor,
     Features,
     Inception,
     SmallClassifier,
     compare,
     look_at_data,
     look_at_samples,
+    open_samples,
     train_classifier,
 )
 from hcvision.training import ImageClassifier, ImageGenerator, TimmModule
@@ -126,6 +137,8 @@ class Study:
                 known = ", ".join(f"{metric.heading} {metric.show([done[metric.name]])}" for metric in self.metrics)
                 say(f"[{number}/{len(cells)}] {variant}, seed {seed}: done before, {known}")
             results.append(done)
+        if not is_first_process():
+            return self.out / "report.md"
         costs = self.costs(say)
         return self.report(results, costs)
 
@@ -151,9 +164,9 @@ class Study:
         data = ImageData(**self.data, seed=seed)
         model = self.build_model(variant, data.num_classes, seed)
         data.prepare_data()
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / "settings.json", self.settings)
-        keep_metrics(folder)
+        if is_first_process():
+            write_json(folder / "settings.json", self.settings)
+            keep_metrics(folder)
         quiet = {"enable_model_summary": False, "num_sanity_val_steps": 0}
         trainer = pl.Trainer(**equip(folder, {**quiet, **self.trainer}, f"{variant} seed {seed}", model.monitor))
         checkpoint = last_checkpoint(folder)
@@ -161,23 +174,28 @@ class Study:
         trainer.fit(model, data, ckpt_path=checkpoint, weights_only=True)
         if trainer.interrupted:
             raise KeyboardInterrupt
+        last = last_checkpoint(folder)
+        if last is not None:  # the averaged weights, also where nothing was left to train
+            model.load_state_dict(read_checkpoint(last)["state_dict"])
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
         if model.monitor[0] not in metrics:
             metrics = {name: float(value) for name, value in trainer.validate(model, data, verbose=False)[0].items()}
+        losses = read_curve(folder, self.curves)["train_loss"]
         epochs, steps = trainer.current_epoch, trainer.global_step
         result = {
             "variant": variant,
             "seed": seed,
             "start_top1": start,
             "val_loss": metrics["val_loss"],
-            "train_loss": metrics.get("train_loss"),
+            "train_loss": metrics.get("train_loss", next(reversed(losses), None)),
             **self.score(folder, model, metrics),
             "parameters": sum(parameter.numel() for parameter in model.model.parameters()),
             "epochs": epochs,
             "images": steps * data.batch_size * trainer.world_size * trainer.accumulate_grad_batches,
             "seconds": round(time.monotonic() - began, 1),
         }
-        write_json(folder / "result.json", result)
+        if is_first_process():
+            write_json(folder / "result.json", result)
         return result
 
     def score(self, folder: Path, model: Any, metrics: dict[str, float]) -> dict[str, float | None]:
@@ -191,7 +209,10 @@ class Study:
         if not path.is_file():
             quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
             trainer = pl.Trainer(**{**self.trainer, **quiet, "enable_model_summary": False, "inference_mode": False})
-            write_json(path, float(trainer.validate(model, data, verbose=False)[0]["val_top1"]))
+            start = float(trainer.validate(model, data, verbose=False)[0]["val_top1"])
+            if not is_first_process():
+                return start
+            write_json(path, start)
         return json.loads(path.read_text())
 
     def costs(self, say: Callable[[str], None]) -> dict[str, dict[str, float]]:
@@ -270,6 +291,7 @@ class GenerationStudy(Study):
         samples: images drawn per cell, as many of each class.
         sample_batch: images drawn at a time.
         real_images: training images that they are compared with.
+        real_data: arguments of ``ImageData`` for the real images, where ``data`` are latents or none to choose from.
         inception: file of Inception's weights, for the FID; without it a small classifier, trained on the same data
             and kept in ``out/classifier``, sees the images.
         classifier_epochs: of its training.
@@ -294,6 +316,7 @@ class GenerationStudy(Study):
         samples: int = 2000,
         sample_batch: int = 100,
         real_images: int = 10000,
+        real_data: dict[str, Any] | None = None,
         inception: str | None = None,
         classifier_epochs: int = 3,
         **kwargs: Any,
@@ -301,7 +324,16 @@ class GenerationStudy(Study):
         super().__init__(out, **kwargs)
         self.sampling, self.samples, self.sample_batch = sampling or Sampling(), samples, sample_batch
         self.real_images, self.inception, self.classifier_epochs = real_images, inception, classifier_epochs
-        self.settings |= {"sampling": asdict(self.sampling), "samples": samples, "real_images": real_images}
+        self.real_data = real_data or self.data
+        dataset = str(self.real_data.get("dataset", "folder"))
+        if dataset == "latents" or dataset.startswith(TIMM_PREFIXES):
+            raise ValueError(
+                f"the samples need real images beside them, and {dataset!r} has none to choose from; real_data"
+            )
+        network = "Inception" if inception else f"small classifier, {classifier_epochs} epochs"
+        self.settings |= {
+            "sampling": asdict(self.sampling), "samples": samples, "real_images": real_images, "network": network
+        }  # fmt: skip
 
     @property
     def metrics(self) -> tuple[Metric, ...]:  # type: ignore[override]
@@ -313,44 +345,54 @@ class GenerationStudy(Study):
         return self.module(connection=variant, num_classes=num_classes, seed=seed, **self.model)
 
     @cached_property
-    def extractor(self) -> Inception | SmallClassifier:
+    def extractor(self) -> Extractor:
         device = "cuda" if torch.cuda.is_available() and self.trainer.get("accelerator", "auto") != "cpu" else "cpu"
         if self.inception:
             return Inception(self.inception, device)
         folder = self.out / "classifier"
-        train_classifier(folder, self.data, self.input_size, self.trainer, self.classifier_epochs)
+        train_classifier(folder, self.real_data, self.input_size, self.trainer, self.classifier_epochs)
         return SmallClassifier(folder, device)
 
     @cached_property
     def input_size(self) -> tuple[int, int, int]:
-        return self.build_model(self.variants[0], ImageData(**self.data).num_classes, 0).data_config["input_size"]
+        """(C, H, W) of what is drawn, as the first samples that there are."""
+        folders = (self.cell_folder(v, seed) / "samples" for seed in self.seeds for v in self.variants)
+        height, width, channels = open_samples(next(filter(Path.is_dir, folders)))[0].shape[1:]
+        return (channels, height, width)
 
     @cached_property
     def real(self) -> Features:
-        return look_at_data(self.extractor, ImageData(**self.data), "train", self.input_size, self.real_images)
+        return look_at_data(self.extractor, ImageData(**self.real_data), "train", self.input_size, self.real_images)
 
     def score(self, folder: Path, model: Any, metrics: dict[str, float]) -> dict[str, float | None]:
         classes = range(model.hparams["num_classes"])
         names = ("accelerator", "devices", "strategy", "precision", "num_nodes", "enable_progress_bar")
         trainer = {name: self.trainer[name] for name in names if name in self.trainer}
         draw_samples(model, folder / "samples", self.sampling, self.samples, classes, self.sample_batch, trainer)
+        if not is_first_process():
+            return {}
         return {**compare(look_at_samples(self.extractor, folder / "samples", self.samples), self.real)}
 
     def report(self, results: list[dict[str, Any]], costs: dict[str, dict[str, float]]) -> Path:
-        shown = {v: read_samples(self.cell_folder(v, self.seeds[0]) / "samples" / "parts", 30) for v in self.variants}
-        draw_rows(shown, columns=10).savefig(self.out / "samples.png", dpi=150)
+        first = self.cell_folder(self.variants[0], self.seeds[0]) / "samples" / "sampling.json"
+        columns = columns_of(json.loads(first.read_text())["classes"])
+        number = min(3 * columns, self.samples)
+        shown = {
+            v: read_samples(self.cell_folder(v, self.seeds[0]) / "samples" / "parts", number) for v in self.variants
+        }
+        draw_rows(shown, columns).savefig(self.out / "samples.png", dpi=150)
         path = super().report(results, costs)
         lines = [
             "![samples of each variant](samples.png)",
             "",
-            f"Samples of seed {self.seeds[0]}, one column per class.",
+            f"The first samples of seed {self.seeds[0]}; image by image the variants start from the same noise.",
             "",
         ]
         path.write_text(path.read_text() + "\n".join(lines))
         return path
 
     def notes(self, costs: dict[str, dict[str, float]]) -> list[str]:
-        held_out = look_at_data(self.extractor, ImageData(**self.data), "val", self.input_size, self.samples)
+        held_out = look_at_data(self.extractor, ImageData(**self.real_data), "val", self.input_size, self.samples)
         yardstick = compare(held_out, self.real)
         plan = self.sampling
         guidance = f"guidance {plan.guidance:g}" if plan.guidance != 1 else "no guidance"

@@ -4,6 +4,7 @@ import difflib
 import os
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from hcvision.data import ImageData
 from hcvision.diffusion import OBJECTIVES, SeededNoise, check_sampler, guide
 from hcvision.dit import DiT, averaged_weights
 from hcvision.latents import decode, load_vae
+from hcvision.runs import read_checkpoint
 from hcvision.sampling import Sampling, columns_of, enlarge, grid, to_uint8
 
 SCHEDULES = ("cosine", "tanh", "poly", "step", "multistep", "wsd", "constant")
@@ -198,8 +200,9 @@ class TimmModule(pl.LightningModule):
         if hparams["connection_lr_factor"] != 1:
             scale_connections(optimizer, self.model, hparams["connection_lr_factor"])
         updates = int(self.trainer.estimated_stepping_batches)
-        epochs = self.trainer.max_epochs or 1
-        per_epoch = max(updates / max(epochs, 1), 1.0)
+        self.trainer.fit_loop.setup_data()  # a run of max_steps has no number of epochs, but epochs have a length
+        batches = self.trainer.num_training_batches
+        per_epoch = max(batches / self.trainer.accumulate_grad_batches, 1.0)
         warmup = hparams["warmup_steps"] or round(hparams["warmup_epochs"] * per_epoch)
         if warmup >= updates:
             raise ValueError(f"the warm-up must be shorter than the {updates} updates of the run, got {warmup}")
@@ -239,6 +242,8 @@ class TimmModule(pl.LightningModule):
             Names of parameters that keep their initial values: the connections of a residual
             checkpoint, the head of one with other classes.
         """
+        if not path.endswith(".safetensors"):
+            read_checkpoint(path)
         state = averaged_weights(path) or load_state_dict(path, use_ema=True)
         if any(name.startswith("model.") for name in state):
             state = {name.removeprefix("model."): value for name, value in state.items() if name.startswith("model.")}
@@ -443,11 +448,30 @@ class ImageGenerator(TimmModule):
         self.diffusion.check_steps(plan.steps or self.diffusion.default_steps)
         guide(self.model, torch.zeros(1), 0, plan.guidance, plan.guided_channels)
 
+    def settle(self, plan: Sampling) -> Sampling:
+        """The same with the objective's defaults where it says nothing."""
+        return replace(
+            plan,
+            steps=plan.steps or self.diffusion.default_steps,
+            sampler=plan.sampler or self.diffusion.samplers[0],
+        )
+
     def check_data(self, data: ImageData) -> None:
         super().check_data(data)
         config = data.data_config(self.data_config)
-        if "vae" in config and self.hparams["vae"] is None:
+        vae = self.hparams["vae"]
+        if "vae" in config and vae is None:
             raise ValueError(f"latents need the VAE that made them: --model.vae, {config['vae']!r} as the shards say")
+        if "vae" in config and vae != config["vae"]:
+            warnings.warn(f"model.vae is {vae!r}, but {config['vae']!r} made the latents", stacklevel=2)
+        if "vae" not in config and vae is not None:
+            raise ValueError(f"model.vae is for latents (--data.dataset latents), got {vae!r} and images")
+        if "mean" in config and {*config["mean"], *config["std"]} != {0.5}:
+            raise ValueError(
+                f"mean and std must be 0.5 to draw images, got {list(config['mean'])} and {list(config['std'])}"
+            )
+        if vae is not None and self.hparams["sample_every"]:
+            load_vae(vae)  # now rather than when the first grid is due
         if tuple(config["input_size"]) != tuple(self.data_config["input_size"]):
             ours, theirs = tuple(self.data_config["input_size"]), tuple(config["input_size"])
             raise ValueError(
@@ -458,17 +482,20 @@ class ImageGenerator(TimmModule):
         super().setup(stage)
         if isinstance(self.data, ImageData):
             self.data_config = self.data.data_config()
+            self.class_names = self.data.class_names
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        return self.model(x, t, y)
+        """The model's prediction, (B, C or 2 C, H, W), in its own precision."""
+        return self.model(x.to(next(self.model.parameters()).dtype), t, y)
 
     def batch_loss(self, batch: tuple[Tensor, Tensor], generator: torch.Generator | None = None) -> Tensor:
         images, classes = batch
+        images = images.float()
         t = self.diffusion.draw_time(len(images), images.device, generator)
-        noise = torch.randn(images.shape, device=images.device, generator=generator)
+        noise = torch.randn(images.shape, device=images.device, dtype=torch.float32, generator=generator)
         dropped = torch.rand(len(images), device=images.device, generator=generator) < self.hparams["label_dropout"]
         classes = torch.where(dropped, self.hparams["num_classes"], classes)
-        return self.diffusion.loss(self.model, images, classes, t, noise).mean()
+        return self.diffusion.loss(self, images, classes, t, noise).mean()
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor | None:
         images = batch[0]
@@ -483,25 +510,26 @@ class ImageGenerator(TimmModule):
         return loss
 
     def _evaluate(self, batch: tuple[Tensor, Tensor], mean_loss: MeanMetric, stage: str) -> None:
-        images, classes = batch
+        images, classes = batch[0].float(), batch[1]
         if len(images) == 0:
             return
         numbers = (self.evaluated + torch.arange(len(images))) * self.trainer.world_size + self.global_rank
         self.evaluated += len(images)
         noise = SeededNoise(self.hparams["seed"], numbers.tolist())
         t = torch.cat([self.diffusion.draw_time(1, "cpu", generator) for generator in noise.generators])
-        loss = self.diffusion.loss(self.model, images, classes, t.to(images.device), noise(images)).mean()
+        loss = self.diffusion.loss(self, images, classes, t.to(images.device), noise(images)).mean()
         mean_loss.update(loss, weight=len(images))
         self.log(f"{stage}_loss", mean_loss, on_step=False, on_epoch=True, batch_size=len(images))
 
     def on_validation_epoch_start(self) -> None:  # here the averaged weights are in place
         self.evaluated = 0
         every, trainer = self.hparams["sample_every"], self.trainer
-        training = (
-            trainer.state.fn == "fit" and not trainer.sanity_checking and not getattr(trainer, "fast_dev_run", False)
-        )
-        if every and training and (trainer.current_epoch + 1) % every == 0:
-            self.draw_grid()
+        fitting = trainer.state.fn == "fit" and not trainer.sanity_checking and not getattr(trainer, "fast_dev_run", 0)
+        if every and fitting:
+            epochs = trainer.current_epoch + 1
+            before = epochs - (trainer.check_val_every_n_epoch or 1)  # when the last validation was
+            if epochs // every > before // every:
+                self.draw_grid()
 
     def on_test_epoch_start(self) -> None:
         self.evaluated = 0
@@ -516,14 +544,15 @@ class ImageGenerator(TimmModule):
     def generate(self, classes: Tensor, numbers: Sequence[int], plan: Sampling) -> Tensor:
         """Images of classes (B,), uint8 (B, H, W, C); ``numbers`` say which noise each of them starts from."""
         noise = SeededNoise(plan.seed, numbers)
+        plan = self.settle(plan)
+        assert plan.steps is not None
+        assert plan.sampler is not None
         shape = (len(classes), *self.data_config["input_size"])
-        predict = guide(self.model, classes, self.hparams["num_classes"], plan.guidance, plan.guided_channels)
-        steps = plan.steps or self.diffusion.default_steps
-        x = noise(torch.empty(shape, device=classes.device))
-        sampler = plan.sampler or self.diffusion.samplers[0]
-        for image in self.diffusion.sample(predict, x, steps=steps, sampler=sampler, draw=noise):
+        predict = guide(self, classes, self.hparams["num_classes"], plan.guidance, plan.guided_channels)
+        x = noise(torch.empty(shape, device=classes.device, dtype=torch.float32))
+        for image in self.diffusion.sample(predict, x, steps=plan.steps, sampler=plan.sampler, draw=noise):
             x = image
-            self.on_sampling_step(len(classes) / steps)
+            self.on_sampling_step(len(classes) / plan.steps)
         if self.hparams["vae"] is not None:
             vae = load_vae(self.hparams["vae"]).to(classes.device)
             return to_uint8(torch.cat([decode(vae, part) for part in x.split(8)]), (0.5,) * 3, (0.5,) * 3)
@@ -549,7 +578,7 @@ class ImageGenerator(TimmModule):
             return
         folder = Path(self.trainer.default_root_dir) / "grids"
         folder.mkdir(parents=True, exist_ok=True)
-        enlarge(picture, 640).save(folder / f"epoch{self.current_epoch + 1:04}.png")
+        enlarge(picture, 640).save(folder / f"step{self.global_step:07}.png")
         for logger in self.loggers:
             if isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_image("samples", picture, self.global_step)

@@ -197,7 +197,7 @@ def dit_run(image_folder, tmp_path_factory):
 
 def test_fit_sample_and_score(dit_run, image_folder, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert (dit_run / "grids" / "epoch0001.png").is_file()
+    assert (dit_run / "grids" / "step0000009.png").is_file()
     assert (dit_run / "checkpoints" / "best.ckpt").is_file()
     config = yaml.safe_load((dit_run / "config.yaml").read_text())
     assert (config["task"], config["data"]["scale"]) == ("generate", [1.0, 1.0])
@@ -249,8 +249,9 @@ def test_sampling_that_was_killed_goes_on(hcv, dit_run, tmp_path):
 
 
 def test_two_processes_draw_what_one_draws(hcv, dit_run, tmp_path):
-    for processes in (1, 2):
-        hcv("sample", dit_run, "--number=9", "--steps=3", "--batch_size=2", f"--out=by{processes}",
+    """Also where there is less to draw than there are processes."""
+    for processes, number in ((1, 10), (2, 9), (2, 10)):
+        hcv("sample", dit_run, f"--number={number}", "--steps=3", "--batch_size=2", f"--out=by{processes}",
             "--accelerator=cpu", f"--devices={processes}", "--strategy=ddp", "--npz=true")  # fmt: skip
     one, two = (np.load(tmp_path / f"by{n}" / "samples.npz")["arr_0"] for n in (1, 2))
     assert np.array_equal(one, two)
@@ -288,6 +289,7 @@ def test_encode(image_folder, tmp_path, monkeypatch, capsys):
 
 def bad_generation(dit_run, image_folder, tmp_path):
     base = ("fit", f"--data.root={image_folder}", f"--run={tmp_path / 'r'}", *DATA, *TRAINER)
+    yield ("fit", "-c", str(ROOT / "configs/fashion_mnist_dit.yaml"), "--model.objektive=x"), "model.objektive"
     yield (*base, "--task=draw"), "task must be classify or generate, got 'draw'"
     yield (*base, *DIT, "--model.label_smoothing=0.1"), "label_smoothing"
     yield (*base, *DIT, "--model.model=vit_tiny_patch16_224"), "vit_tiny_patch16_224 is no diffusion model"

@@ -93,7 +93,7 @@ def test_encoding_goes_on_where_it_was(shards, image_folder, vae_folder, tmp_pat
     again = load_file(copy / "train-00001.safetensors")
     for key, value in whole.items():  # batches of another size round in other places
         torch.testing.assert_close(again[key].float(), value.float(), rtol=1e-3, atol=1e-3)
-    with pytest.raises(ValueError, match="is there already with image_size '32', not '16'; give another --out"):
+    with pytest.raises(ValueError, match="is there already with image_size '32', not '16'; give another folder"):
         encode_folder(str(image_folder), str(copy), vae_folder, **{**options, "image_size": 16})
 
 
@@ -135,6 +135,10 @@ def test_the_loader_streams_latents(shards, vae_folder):
     workers = ImageData("latents", str(out), batch_size=8, num_workers=1, hflip=0.5)
     workers.setup("fit")
     assert torch.equal(torch.cat([batch.images for batch in workers.train_dataloader()]), epochs[0])
+    plain = ImageData("latents", str(out), batch_size=8, num_workers=0, hflip=1.0, no_aug=True)
+    plain.setup("fit")
+    for batch in plain.train_dataloader():
+        assert all((latent == straight).all((1, 2, 3)).any() for latent in batch.images)
     split = ImageData("latents", str(out), batch_size=8, num_workers=0, val_fraction=0.25)
     assert [len(split.stages[stage][1]) for stage in ("train", "val")] == [54, 18]
 
@@ -160,6 +164,9 @@ def test_bad_shards_are_named(shards, tmp_path):
         LatentShards(copy, "train")
 
 
+@pytest.mark.filterwarnings(
+    "ignore:The `local_dir_use_symlinks` argument:UserWarning", "ignore:model.vae is 'no-vae':UserWarning"
+)
 def test_training_and_sampling_on_latents(shards, vae_folder, trainer_args, tmp_path, tiny_dit):
     out, _ = shards
     data = ImageData("latents", str(out), batch_size=8, num_workers=0)
@@ -172,10 +179,12 @@ def test_training_and_sampling_on_latents(shards, vae_folder, trainer_args, tmp_
         "dit_tiny_patch4_pixel", connection="dhc2", num_classes=3, model_args=model_args, vae=vae_folder,
         sample_every=1, sample_count=3, sample_steps=2,
     )  # fmt: skip
+    with pytest.raises(ValueError, match="there is no VAE 'no-vae'"):
+        ImageGenerator("dit_tiny_patch4_pixel", num_classes=3, model_args=model_args, vae="no-vae").check_data(data)
     assert not module.diffusion.clip  # latents have no bounds
     trainer = pl.Trainer(**trainer_args, max_epochs=1)
     trainer.fit(module, data)
-    assert (tmp_path / "grids" / "epoch0001.png").is_file()
+    assert (tmp_path / "grids" / "step0000009.png").is_file()
     quiet = {"accelerator": "cpu", "enable_progress_bar": False}
     images = read_samples(draw_samples(module, tmp_path / "s", Sampling(steps=2), 3, range(3), 2, quiet), 3)
     assert images.shape == (3, 32, 32, 3)

@@ -59,14 +59,21 @@ def test_a_run_that_stopped_goes_on(module, tmp_path, monkeypatch):
     assert calls[4:] == [[7, 8]]
 
 
-def test_other_settings_or_weights_in_the_same_folder(module, tmp_path):
+def test_other_settings_or_weights_in_the_same_folder(module, tiny_dit, tmp_path):
     draw(module, tmp_path / "a", number=1)
-    with pytest.raises(ValueError, match=r"begun with other plan .*give another --out"):
+    with pytest.raises(ValueError, match=r"begun with other plan .*give another folder"):
         draw(module, tmp_path / "a", plan=Sampling(steps=4))
     with pytest.raises(ValueError, match="begun with other classes"):
         draw(module, tmp_path / "a", classes=(1,))
+    other = ImageGenerator("dit_tiny_patch4_pixel", num_classes=3, model_args=tiny_dit, objective="velocity").eval()
+    other.load_state_dict(module.state_dict())
+    draw(module, tmp_path / "c", number=1, plan=Sampling(steps=1))
+    with pytest.raises(ValueError, match="begun with other plan"):  # the sampler is another one
+        draw(other, tmp_path / "c", number=1, plan=Sampling(steps=1))
+    draw(module, tmp_path / "d", number=1, plan=Sampling(sampler="ddim"))
+    draw(module, tmp_path / "d", number=1, plan=Sampling(sampler="ddim", steps=250))  # the default, said
     with torch.no_grad():
-        module.model.final_layer.linear.bias.add_(1)
+        module.model.blocks[0].attn.qkv.bias[5] += 1
     with pytest.raises(ValueError, match="begun with other weights"):
         draw(module, tmp_path / "a")
     (tmp_path / "b").mkdir()

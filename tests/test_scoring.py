@@ -1,5 +1,6 @@
 import json
 import pickle
+import shutil
 
 import numpy as np
 import pytest
@@ -90,7 +91,7 @@ def classifier(image_folder, tmp_path_factory):
     return train_classifier(folder, {**data, "batch_size": 16}, SIZE, QUIET, epochs=4, say=lambda _: None)
 
 
-def test_the_small_classifier_is_trained_once_and_sees(classifier, image_folder, monkeypatch):
+def test_the_small_classifier_is_trained_once_and_sees(classifier, image_folder, tmp_path, monkeypatch):
     extractor = SmallClassifier(classifier)
     assert extractor.about["top1"] > 0.6
     assert extractor.name == f"small classifier (resnet10t, {100 * extractor.about['top1']:.1f} % top-1)"
@@ -108,6 +109,11 @@ def test_the_small_classifier_is_trained_once_and_sees(classifier, image_folder,
     assert train_classifier(classifier, arguments, SIZE, epochs=4) == classifier
     with pytest.raises(ValueError, match=r"a classifier of other images: input_size is \[3, 32, 32\] there and \[1,"):
         train_classifier(classifier, arguments, (1, 28, 28), epochs=4)
+    other = shutil.copytree(image_folder, tmp_path / "other")
+    for split in ("train", "val"):
+        (other / split / "zebra").rename(other / split / "horse")
+    with pytest.raises(ValueError, match="a classifier of other images: class_names is"):
+        train_classifier(classifier, {**arguments, "root": str(other)}, SIZE, epochs=4)
     with pytest.raises(FileNotFoundError, match="there is no classifier in"):
         SmallClassifier(classifier.parent)
 
@@ -124,12 +130,12 @@ def test_real_images_score_best(classifier, image_folder):
     assert good["precision"] > bad["precision"]
 
 
-def write_run(folder, images, classes):
+def write_run(folder, images, classes, names=None):
     (folder / "parts").mkdir(parents=True)
     for start in range(0, len(images), 3):
         part = images[start : start + 3]
         np.save(folder / "parts" / f"{start:09}-{start + len(part):09}.npy", part)
-    (folder / "sampling.json").write_text(json.dumps({"classes": classes}))
+    (folder / "sampling.json").write_text(json.dumps({"classes": classes, "class_names": names}))
 
 
 def test_samples_are_read_with_their_classes(classifier, tmp_path):
@@ -139,17 +145,32 @@ def test_samples_are_read_with_their_classes(classifier, tmp_path):
     extractor = SmallClassifier(classifier)
     of_run = look_at_samples(extractor, tmp_path / "run", 7)
     assert of_run.classes.tolist() == [2, 0, 2, 0, 2, 0, 2]
+    write_run(tmp_path / "other", images, [2, 0], names=["cat", "dog", "cow"])
+    assert look_at_samples(extractor, tmp_path / "other").classes is None  # other classes than the network's
     of_npz = look_at_samples(extractor, tmp_path / "a.npz")
     assert of_npz.classes is None
-    assert torch.equal(of_npz.features[:7], of_run.features)
+    torch.testing.assert_close(of_npz.features[:7], of_run.features)
     gray = images[..., :1]
     assert torch.equal(extractor(torch.from_numpy(gray))[0], extractor(torch.from_numpy(gray.repeat(3, -1)))[0])
+
+
+def test_unreadable_real_images(classifier, image_folder, tmp_path):
+    damaged = shutil.copytree(image_folder, tmp_path / "damaged")
+    for number in range(24):
+        (damaged / "train" / "zebra" / f"{number:03}.png").write_bytes(b"no image")
+    extractor = SmallClassifier(classifier)
+    data = ImageData(root=str(damaged), num_workers=0, eval_batch_size=8)
+    with pytest.raises(ValueError, match="cannot read image"):
+        look_at_data(extractor, data, "train", SIZE, 100)
+    data = ImageData(root=str(damaged), num_workers=0, eval_batch_size=8, skip_bad_images=True)
+    with pytest.warns(UserWarning, match="left out: cannot read image"):
+        assert len(look_at_data(extractor, data, "train", SIZE, 100).features) == 48
 
 
 def test_bad_samples(tmp_path):
     write_run(tmp_path / "run", np.zeros((9, 4, 4, 3), np.uint8), [0])
     with pytest.raises(ValueError, match=r"number must be 2 to 9, the images in .*, got 10"):
-        look_at_samples(None, tmp_path / "run", 10)
+        look_at_samples(Inception, tmp_path / "run", 10)
     (tmp_path / "run" / "parts" / "000000003-000000006.npy").unlink()
     with pytest.raises(ValueError, match="have gaps"):
         open_samples(tmp_path / "run")

@@ -1,5 +1,7 @@
 import csv
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -117,7 +119,6 @@ def test_a_killed_study_goes_on_where_it_was(make, image_folder, tmp_path):
         "import json, sys; from hcvision.study import Study; import torch; torch.set_num_threads(1);"
         "Study(**json.loads(sys.argv[1])).run()"
     )
-    import json
 
     def arguments(out):
         study = make(out=str(out), variants=["dhc2"], seeds=[3], timing_rounds=0)
@@ -249,7 +250,7 @@ def test_a_generation_study_trains_draws_and_scores(make_generation, monkeypatch
         assert (out / name).read_bytes().startswith(b"\x89PNG")
     assert len(read_curve(out / "dhc2" / "seed1", GenerationStudy.curves)["val_loss"]) == 2
     assert read_samples(out / "dhc2" / "seed1" / "samples" / "parts", 12).shape == (12, 16, 16, 3)
-    assert (out / "dhc2" / "seed1" / "grids" / "epoch0002.png").is_file()
+    assert (out / "dhc2" / "seed1" / "grids" / "step0000018.png").is_file()
 
     monkeypatch.setattr(GenerationStudy, "run_cell", lambda *_: pytest.fail("ran a finished cell again"))
     assert make_generation().run(say=lambda _: None).read_text() == text
@@ -257,6 +258,7 @@ def test_a_generation_study_trains_draws_and_scores(make_generation, monkeypatch
         make_generation(sampling=Sampling(steps=3, guidance=1.5)).run()
 
 
+@pytest.mark.filterwarnings("ignore:.*exists and is not empty")
 def test_the_samples_of_a_cell_are_those_of_its_checkpoint(make_generation, tmp_path):
     """The averaged weights: what `hcvision sample` draws from the cell's folder is what was scored."""
     study = make_generation(variants=["residual"], seeds=[1], timing_rounds=0)
@@ -265,6 +267,22 @@ def test_the_samples_of_a_cell_are_those_of_its_checkpoint(make_generation, tmp_
     sample(str(folder), out=str(tmp_path / "again"), number=12, guidance=1.5, steps=2, accelerator="cpu", devices="1")
     again = read_samples(tmp_path / "again" / "parts", 12)
     assert torch.equal(again, read_samples(folder / "samples" / "parts", 12))
+
+    # killed after training: nothing is trained again, and the samples and scores are the same
+    before = json.loads((folder / "result.json").read_text())
+    (folder / "result.json").unlink()
+    shutil.rmtree(folder / "samples")
+    study.run(say=lambda _: None)
+    after = json.loads((folder / "result.json").read_text())
+    assert {**after, "seconds": 0} == {**before, "seconds": 0}
+    assert torch.equal(again, read_samples(folder / "samples" / "parts", 12))
+    with pytest.raises(ValueError, match=r"network is 'small classifier, 1 epochs' there and 'Inception' here"):
+        make_generation(variants=["residual"], seeds=[1], inception="weights.pth").run()
+
+
+def test_a_study_needs_real_images(make_generation):
+    with pytest.raises(ValueError, match="real images beside them, and 'latents' has none to choose from"):
+        make_generation(data={"dataset": "latents", "root": "nowhere"})
 
 
 def test_variants_see_the_same_times_and_noise(make_generation):

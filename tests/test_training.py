@@ -17,7 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from hcvision.data import ImageData
 from hcvision.runs import keep_metrics, metrics_files, read_checkpoint
-from hcvision.sampling import enlarge, grid
+from hcvision.sampling import Sampling, enlarge, grid
 from hcvision.training import ImageClassifier, ImageGenerator, check_name
 
 
@@ -372,7 +372,7 @@ def test_grids_are_drawn_with_the_averaged_weights(generator, fit, tmp_path):
     logger = pl.loggers.TensorBoardLogger(str(tmp_path), name="", version="tensorboard")
     keep = pl.callbacks.ModelCheckpoint(tmp_path / "checkpoints", save_last=True)
     fit(model, max_epochs=4, logger=logger, callbacks=[keep], enable_checkpointing=True)
-    assert sorted(path.name for path in (tmp_path / "grids").iterdir()) == ["epoch0002.png", "epoch0004.png"]
+    assert sorted(path.name for path in (tmp_path / "grids").iterdir()) == ["step0000018.png", "step0000036.png"]
     reader = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"images": 0})
     reader.Reload()
     assert [event.step for event in reader.Images("samples")] == [18, 36]
@@ -385,7 +385,7 @@ def test_grids_are_drawn_with_the_averaged_weights(generator, fit, tmp_path):
         again.eval().data_config = model.data_config
         drawn = again.generate(torch.arange(6) % 3, range(6), again.sampling)
         pictures.append(np.asarray(enlarge(grid(drawn, 3), 640)))
-    logged = np.asarray(Image.open(tmp_path / "grids" / "epoch0004.png"))
+    logged = np.asarray(Image.open(tmp_path / "grids" / "step0000036.png"))
     assert np.array_equal(pictures[0], logged)
     assert not np.array_equal(pictures[1], logged)
 
@@ -433,6 +433,67 @@ def test_wrong_arguments_of_a_generator(generator, arguments, message):
 def test_a_dit_does_not_classify(build):
     with pytest.raises(ValueError, match=r"dit_tiny_patch4_pixel is a diffusion model.*--task generate"):
         build("dit_tiny_patch4_pixel", model_args={"img_size": 16})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "data", "message"),
+    [
+        ({}, {"mean": [0.4, 0.5, 0.5]}, r"mean and std must be 0.5 to draw images, got \[0.4, 0.5, 0.5\] and \[0.5"),
+        ({"vae": "some/vae"}, {}, "model.vae is for latents .*, got 'some/vae' and images"),
+        ({"warmup_epochs": 3.0}, {}, "the warm-up must be shorter than the 18 updates of the run, got 27"),
+    ],
+)
+def test_data_and_settings_that_do_not_fit(generator, fit, images, arguments, data, message):
+    with pytest.raises(ValueError, match=message):
+        fit(generator(**arguments), data=images(**data))
+
+
+def test_epochs_of_warmup_in_a_run_of_steps(build, fit):
+    rates = []
+
+    class Watch(pl.Callback):
+        def on_before_optimizer_step(self, trainer, module, optimizer):
+            rates.append(optimizer.param_groups[0]["lr"])
+
+    fit(
+        build(lr=1.0, warmup_epochs=1, sched="constant", opt="sgd"),
+        max_epochs=-1,
+        max_steps=13,
+        callbacks=[Watch()],
+        gradient_clip_val=1e-9,
+    )
+    assert rates == pytest.approx([step / 9 for step in range(9)] + [1.0] * 4)
+
+
+def test_low_precision_is_of_the_model_alone(generator):
+    """With bf16 weights the noise, the loss and the sampler's state stay in float32."""
+    model, seen = generator().to(torch.bfloat16), []
+    original = model.diffusion.add_noise
+
+    def keep(x, t, noise):
+        seen.append((x.dtype, noise.dtype))
+        return original(x, t, noise)
+
+    model.diffusion.add_noise = keep
+    loss = model.batch_loss((torch.randn(4, 3, 16, 16, dtype=torch.bfloat16), torch.tensor([0, 1, 2, 0])))
+    assert loss.dtype == torch.float32
+    assert seen == [(torch.float32, torch.float32)]
+    states = []
+    step = model.diffusion.step
+
+    def watch(noisy, *rest):
+        states.append(noisy.dtype)
+        return step(noisy, *rest)
+
+    model.diffusion.step = watch
+    model.generate(torch.tensor([0, 1]), range(2), Sampling(steps=2))
+    assert states == [torch.float32] * 2
+
+
+def test_weights_that_are_none(build, tmp_path):
+    (tmp_path / "text.pth").write_text("no weights")
+    with pytest.raises(ValueError, match=r"text\.pth is no checkpoint, or a damaged one"):
+        build(init_from=str(tmp_path / "text.pth"))
 
 
 def test_data_of_another_size(generator, fit, images):
