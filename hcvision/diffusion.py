@@ -66,7 +66,8 @@ class SeededNoise:
         self.generators = [torch.Generator().manual_seed(int(state >> np.uint64(1))) for state in seeds]
 
     def __call__(self, x: Tensor) -> Tensor:
-        return torch.stack([torch.randn(x.shape[1:], generator=g) for g in self.generators]).to(x)
+        rows = [torch.randn(x.shape[1:], dtype=torch.float32, generator=generator) for generator in self.generators]
+        return torch.stack(rows).to(x)
 
 
 def expand(values: Tensor, x: Tensor) -> Tensor:
@@ -226,7 +227,7 @@ class LinearPath:
         return expand(t, x) * x + (1 - expand(t, x)) * noise
 
     def draw_time(self, count: int, device: Any, generator: torch.Generator | None = None) -> Tensor:
-        return torch.rand(count, device=device, generator=generator)
+        return torch.rand(count, device=device, dtype=torch.float32, generator=generator)
 
     def loss(self, model: Model, x: Tensor, y: Tensor, t: Tensor | None = None, noise: Tensor | None = None) -> Tensor:
         """The loss of each image, (B,), at times t and with noise, drawn if not given. x is (B, C, H, W), y is (B,)."""

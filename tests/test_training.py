@@ -465,6 +465,19 @@ def test_epochs_of_warmup_in_a_run_of_steps(build, fit):
     assert rates == pytest.approx([step / 9 for step in range(9)] + [1.0] * 4)
 
 
+@pytest.mark.parametrize("objective", ["ddpm", "velocity"])
+def test_a_run_with_weights_in_half_precision(generator, fit, objective):
+    losses = []
+    for precision in ("bf16-true", "32-true"):
+        torch.manual_seed(0)
+        watch = Losses()
+        model = generator(objective=objective, ema_decay=None, sample_every=1, sample_count=2, sample_steps=2)
+        fit(model, max_epochs=1, precision=precision, callbacks=[watch])
+        losses.append(watch.values)
+    assert losses[0] == pytest.approx(losses[1], rel=0.05)
+    assert losses[0][0] == pytest.approx(losses[1][0], rel=0.01)  # the same times and noise
+
+
 def test_low_precision_is_of_the_model_alone(generator):
     """With bf16 weights the noise, the loss and the sampler's state stay in float32."""
     model, seen = generator().to(torch.bfloat16), []
