@@ -429,7 +429,7 @@ def score(arguments: list[str]) -> None:
         extractor = Inception(None if options.inception == "download" else options.inception, device)
     else:
         folder = Path(options.classifier) if options.classifier else path.parent / "classifier"
-        train_classifier(folder, data, input_size)
+        train_classifier(folder, data, input_size, device=device)
         extractor = SmallClassifier(folder, device)
     drawn = look_at_samples(extractor, path, options.number)
     images = ImageData(**data)

@@ -89,6 +89,7 @@ class WriteParts(Callback):
         self.folder, self.total, self.show, self.done = folder, total, show, 0
 
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)  # now that every process has checked what is there
         format = "{l_bar}{bar}| {n:.0f}/{total:.0f} images [{elapsed}<{remaining}]"
         hidden = not (self.show and trainer.is_global_zero)
         self.bar = tqdm(total=self.total, initial=self.done, desc="sampling", bar_format=format, disable=hidden)
@@ -187,7 +188,6 @@ def draw_samples(
         if out.exists() and any(out.iterdir()):
             raise ValueError(f"{out} exists and holds something else; give another folder (--out)")
         write_json(about, settings)
-    folder.mkdir(parents=True, exist_ok=True)
     show = arguments.pop("enable_progress_bar", None) is not False
     writer = WriteParts(folder, number, show)
     runner = pl.Trainer(

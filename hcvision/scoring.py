@@ -16,6 +16,7 @@ import numpy as np
 import pytorch_lightning as pl
 import timm
 import torch
+from pytorch_lightning.strategies import SingleDeviceStrategy
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
@@ -118,6 +119,7 @@ def train_classifier(
     data: dict[str, Any],
     input_size: tuple[int, int, int],
     trainer: dict[str, Any] | None = None,
+    device: str = "cpu",
     epochs: int = 3,
     say: Callable[[str], None] = print,
 ) -> Path:
@@ -127,7 +129,8 @@ def train_classifier(
         folder: for ``classifier.safetensors`` and ``classifier.json``.
         data: arguments of ``ImageData``.
         input_size: (C, H, W) of the images that will be scored.
-        trainer: arguments of Lightning's Trainer; accelerator, devices and enable_progress_bar are used.
+        trainer: arguments of Lightning's Trainer; enable_progress_bar is used.
+        device: where it is trained.
         epochs: over all training images.
         say: called with a line when there is something to train.
 
@@ -166,9 +169,10 @@ def train_classifier(
     module.data_config["input_size"] = input_size
     arguments: dict[str, Any] = {"max_epochs": epochs, "gradient_clip_val": 1.0, "num_sanity_val_steps": 0}
     arguments |= {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
-    known = ("accelerator", "devices", "enable_progress_bar")
-    arguments |= {key: value for key, value in (trainer or {}).items() if key in known}
-    if arguments.get("enable_progress_bar") is not False:
+    one = torch.device(device)
+    arguments |= {"accelerator": one.type, "devices": 1, "strategy": SingleDeviceStrategy(one)}
+    arguments["enable_progress_bar"] = (trainer or {}).get("enable_progress_bar")
+    if arguments["enable_progress_bar"] is not False:
         arguments["callbacks"] = [Progress(title="classifier")]
     runner = pl.Trainer(**arguments)
     runner.fit(module, images)

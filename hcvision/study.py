@@ -26,6 +26,7 @@ from torch.utils._pytree import tree_leaves
 
 from hcvision.connections import parse_connection
 from hcvision.data import TIMM_PREFIXES, ImageData
+from hcvision.latents import decode, load_vae
 from hcvision.runs import (
     equip,
     first_difference,
@@ -45,7 +46,6 @@ from hcvision.scoring import (
     compare,
     look_at_data,
     look_at_samples,
-    open_samples,
     train_classifier,
 )
 from hcvision.training import ImageClassifier, ImageGenerator, TimmModule
@@ -127,6 +127,8 @@ class Study:
         """Run what is missing and write the report. Returns the path of report.md."""
         cells = [(variant, seed) for seed in self.seeds for variant in self.variants]
         self.check_settings(cells)
+        if is_first_process() and any(self.read_result(*cell) is None for cell in cells):
+            self.prepare()
         results = []
         for number, (variant, seed) in enumerate(cells, 1):
             done = self.read_result(variant, seed)
@@ -141,6 +143,9 @@ class Study:
             return self.out / "report.md"
         costs = self.costs(say)
         return self.report(results, costs)
+
+    def prepare(self) -> None:
+        """What is needed before the first cell, in the first process alone."""
 
     def check_settings(self, cells: list[tuple[str, int]]) -> None:
         for cell in cells:
@@ -344,20 +349,27 @@ class GenerationStudy(Study):
     def build_model(self, variant: str, num_classes: int, seed: int) -> Any:
         return self.module(connection=variant, num_classes=num_classes, seed=seed, **self.model)
 
+    def prepare(self) -> None:
+        """Have the network that scores, before several processes are bound together: it is trained in one."""
+        assert self.extractor
+
     @cached_property
     def extractor(self) -> Extractor:
         device = "cuda" if torch.cuda.is_available() and self.trainer.get("accelerator", "auto") != "cpu" else "cpu"
         if self.inception:
             return Inception(self.inception, device)
         folder = self.out / "classifier"
-        train_classifier(folder, self.real_data, self.input_size, self.trainer, self.classifier_epochs)
+        train_classifier(folder, self.real_data, self.input_size, self.trainer, device, self.classifier_epochs)
         return SmallClassifier(folder, device)
 
     @cached_property
     def input_size(self) -> tuple[int, int, int]:
-        """(C, H, W) of what is drawn, as the first samples that there are."""
-        folders = (self.cell_folder(v, seed) / "samples" for seed in self.seeds for v in self.variants)
-        height, width, channels = open_samples(next(filter(Path.is_dir, folders)))[0].shape[1:]
+        """(C, H, W) of what is drawn."""
+        module = self.build_model(self.variants[0], ImageData(**self.data).num_classes, 0)
+        size = tuple(module.data_config["input_size"])
+        if self.model.get("vae"):
+            size = decode(load_vae(self.model["vae"]), torch.zeros(1, *size)).shape[1:]
+        channels, height, width = size
         return (channels, height, width)
 
     @cached_property

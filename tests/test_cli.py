@@ -257,6 +257,28 @@ def test_two_processes_draw_what_one_draws(hcv, dit_run, tmp_path):
     assert np.array_equal(one, two)
 
 
+def test_two_processes_compare(hcv, image_folder, tmp_path):
+    """The first one trains the classifier, scores and writes; the others wait."""
+    study = {
+        "task": "generate", "out": "study", "variants": ["residual"], "seeds": [0], "samples": 6, "sample_batch": 4,
+        "sampling": {"steps": 2}, "classifier_epochs": 1, "real_images": 30, "timing_rounds": 0,
+        "model": {
+            "model": "dit_tiny_patch4_pixel", "sample_every": 0,
+            "model_args": {"img_size": 16, "embed_dim": 48, "depth": 1, "num_heads": 3},
+        },
+        "data": {"root": str(image_folder), "batch_size": 8, "num_workers": 0},
+        "trainer": {
+            "max_epochs": 1, "accelerator": "cpu", "devices": 2, "strategy": "ddp", "enable_progress_bar": False,
+        },
+    }  # fmt: skip
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(study))
+    done = hcv("compare", "--config=study.yaml")
+    assert done.stdout.count("report: study/report.md") == 1
+    (row,) = csv.DictReader((tmp_path / "study" / "results.csv").read_text().splitlines())
+    assert row["images"] == "64"
+    assert float(row["distance"]) > 0
+
+
 def test_weights_of_another_library(dit_run, tmp_path, monkeypatch, capsys):
     """A file of weights with official keys is sampled from with --model."""
     monkeypatch.chdir(tmp_path)
