@@ -226,10 +226,11 @@ def test_fit_sample_and_score(dit_run, image_folder, tmp_path, capsys, monkeypat
     assert Path("classifier/classifier.safetensors").is_file()
 
 
-def test_sampling_that_was_killed_goes_on(hcv, dit_run, tmp_path):
+def test_sampling_that_was_killed_goes_on(dit_run, tmp_path, monkeypatch, capsys):
     """kill -9 after the first parts; the second run keeps them, and the whole is what one run draws."""
-    draw = ["sample", dit_run, "--number=40", "--steps=60", "--batch_size=4", "--accelerator=cpu", "--devices=1"]
-    command = [sys.executable, str(ROOT / "train.py"), *map(str, draw), "--out=killed"]
+    monkeypatch.chdir(tmp_path)
+    draw = ["sample", str(dit_run), "--number=40", "--steps=60", "--batch_size=4", "--accelerator=cpu", "--devices=1"]
+    command = [sys.executable, str(ROOT / "train.py"), *draw, "--out=killed"]
     process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     parts = tmp_path / "killed" / "parts"
     deadline = time.monotonic() + 120
@@ -239,20 +240,23 @@ def test_sampling_that_was_killed_goes_on(hcv, dit_run, tmp_path):
     process.wait()
     before = {path: path.stat().st_mtime_ns for path in parts.glob("*.npy")}
     assert 2 <= len(before) < 10, "it was not killed in time"
-    shown = hcv(*draw, "--out=killed")
-    assert "sampling: 100%" in shown.stderr
-    assert "40/40 images" in shown.stderr
-    hcv(*draw, "--out=whole", "--batch_size=40")
+    main([*draw, "--out=killed"])
+    shown = capsys.readouterr().err
+    assert "sampling: 100%" in shown
+    assert "40/40 images" in shown
+    main([*draw, "--out=whole", "--batch_size=40"])
     assert {path: path.stat().st_mtime_ns for path in before} == before
     a, b = (read_samples(tmp_path / name / "parts", 40) for name in ("killed", "whole"))
     assert (a.int() - b.int()).abs().max() <= 1  # another batch size rounds in other places
 
 
-def test_two_processes_draw_what_one_draws(hcv, dit_run, tmp_path):
+def test_two_processes_draw_what_one_draws(hcv, dit_run, tmp_path, monkeypatch):
     """Also where there is less to draw than there are processes."""
-    for processes, number in ((1, 10), (2, 9), (2, 10)):
-        hcv("sample", dit_run, f"--number={number}", "--steps=3", "--batch_size=2", f"--out=by{processes}",
-            "--accelerator=cpu", f"--devices={processes}", "--strategy=ddp", "--npz=true")  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    draw = ["sample", str(dit_run), "--steps=3", "--batch_size=2", "--accelerator=cpu", "--npz=true"]
+    main([*draw, "--number=10", "--devices=1", "--out=by1"])
+    for number in (9, 10):
+        hcv(*draw, f"--number={number}", "--devices=2", "--strategy=ddp", "--out=by2")
     one, two = (np.load(tmp_path / f"by{n}" / "samples.npz")["arr_0"] for n in (1, 2))
     assert np.array_equal(one, two)
 
