@@ -254,10 +254,12 @@ class Study:
         runs = {v: [read_curve(self.cell_folder(v, s), self.curves) for s in self.seeds] for v in self.variants}
         draw_curves(runs, self.curves).savefig(self.out / "curves.png", dpi=150)
         first = results[0]
-        trained = f"{first['epochs']} epochs, {first['images']:,} images each"
+        epochs, seeds = ("" if count == 1 else "s" for count in (first["epochs"], len(self.seeds)))
+        trained = f"{first['epochs']} epoch{epochs}, {first['images']:,} images each"
+        trained += f", seed{seeds} {', '.join(map(str, self.seeds))}"
         lines = [
             f"# {self.title}", "",
-            f"{self.data['dataset']}, {self.model['model']}, {trained}, seeds {', '.join(map(str, self.seeds))}.", "",
+            f"{self.data['dataset']}, {self.model['model']}, {trained}.", "",
             *table(results, costs, self.variants, self.metrics), "",
             *self.notes(costs), "",
             f"![{' and '.join(label for _, label, _ in self.curves)}](curves.png)", "",
