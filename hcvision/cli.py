@@ -16,7 +16,6 @@ from typing import Any, NoReturn
 
 import pytorch_lightning as pl
 import timm
-import torch
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser
 from pytorch_lightning.callbacks import BasePredictionWriter
@@ -26,7 +25,15 @@ from tqdm import tqdm
 from hcvision.convert import coverage
 from hcvision.data import ImageData
 from hcvision.latents import encode_folder, load_vae
-from hcvision.runs import equip, is_first_process, keep_metrics, last_checkpoint, read_checkpoint, write_json
+from hcvision.runs import (
+    equip,
+    is_first_process,
+    keep_metrics,
+    last_checkpoint,
+    pick_device,
+    read_checkpoint,
+    write_json,
+)
 from hcvision.sampling import Sampling, columns_of, draw_samples, enlarge, grid, read_samples, write_npz
 from hcvision.scoring import (
     Extractor,
@@ -421,7 +428,7 @@ def score(arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
     path = Path(options.samples)
     shape = open_samples(path)[0].shape
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if options.device == "auto" else options.device
+    device = pick_device(options.device)
     input_size = (shape[3], *shape[1:3])
     data = options.data.as_dict()
     extractor: Extractor

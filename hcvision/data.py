@@ -281,7 +281,7 @@ class ImageData(pl.LightningDataModule):
         self.val_fraction, self.split_seed, self.train_samples = val_fraction, split_seed, train_samples
         self.splits = {"train": train_split, "val": val_split, "test": test_split}
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size or batch_size
-        self.num_workers = min(8, len(os.sched_getaffinity(0))) if num_workers is None else num_workers
+        self.num_workers = count_workers(num_workers)
         self.view: dict[str, Any] = {
             "img_size": img_size, "mean": mean, "std": std, "interpolation": interpolation, "crop_pct": crop_pct
         }  # fmt: skip
@@ -516,6 +516,11 @@ class ImageData(pl.LightningDataModule):
             if bad.path not in self.warned:
                 self.warned.add(bad.path)
                 warnings.warn(f"left out: {bad}", stacklevel=2)
+
+
+def count_workers(wanted: int | None) -> int:
+    """``wanted``, where None stands for the CPU cores available, at most 8."""
+    return min(8, len(os.sched_getaffinity(0))) if wanted is None else wanted
 
 
 def keep_a_bit(transform: Any) -> None:

@@ -7,7 +7,6 @@ metadata hold the class names, the VAE, and mean and standard deviation per chan
 """
 
 import json
-import os
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -19,8 +18,9 @@ from timm.data import create_transform
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
-from hcvision.data import LATENT_FORMAT, Images, LatentShards, collate, open_folder
+from hcvision.data import LATENT_FORMAT, Images, LatentShards, collate, count_workers, open_folder
 from hcvision.diffusion import SeededNoise
+from hcvision.runs import pick_device
 
 
 @cache
@@ -100,11 +100,11 @@ def encode_folder(
         raise FileNotFoundError(f"there is no folder {root}; root must hold the images")
     folders = {split: Path(root) / split for split in ("train", "val") if (Path(root) / split).is_dir()}
     bases = {split: open_folder(folder) for split, folder in (folders or {"train": Path(root)}).items()}
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    device = pick_device(device)
     model: Any = load_vae(vae).to(device)
     pixels = (image_size, image_size)
     transform = create_transform((3, *pixels), crop_pct=1.0, interpolation="bicubic", mean=(0.5,) * 3, std=(0.5,) * 3)
-    workers = min(8, len(os.sched_getaffinity(0))) if num_workers is None else num_workers
+    workers = count_workers(num_workers)
     Path(out).mkdir(parents=True, exist_ok=True)
     for split, base in bases.items():
         images = Images(base, range(len(base)), transform, "RGB")

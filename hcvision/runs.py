@@ -124,6 +124,11 @@ def equip(
     return {**arguments, "callbacks": callbacks}
 
 
+def pick_device(wanted: str = "auto") -> str:
+    """``wanted``, where auto stands for a GPU if there is one."""
+    return wanted if wanted != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def is_first_process() -> bool:
     """Whether this is the process that writes, also before Lightning has told the others what they are."""
     return all(os.environ.get(name, "0") == "0" for name in ("LOCAL_RANK", "RANK", "SLURM_PROCID"))

@@ -118,9 +118,9 @@ def train_classifier(
     folder: Path,
     data: dict[str, Any],
     input_size: tuple[int, int, int],
-    trainer: dict[str, Any] | None = None,
     device: str = "cpu",
     epochs: int = 3,
+    progress: bool = True,
     say: Callable[[str], None] = print,
 ) -> Path:
     """Train the small classifier on the training images of ``data``, once.
@@ -129,9 +129,9 @@ def train_classifier(
         folder: for ``classifier.safetensors`` and ``classifier.json``.
         data: arguments of ``ImageData``.
         input_size: (C, H, W) of the images that will be scored.
-        trainer: arguments of Lightning's Trainer; enable_progress_bar is used.
         device: where it is trained.
         epochs: over all training images.
+        progress: show a bar.
         say: called with a line when there is something to train.
 
     Returns:
@@ -171,10 +171,9 @@ def train_classifier(
     arguments |= {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
     one = torch.device(device)
     arguments |= {"accelerator": one.type, "devices": 1, "strategy": SingleDeviceStrategy(one)}
-    arguments["enable_progress_bar"] = (trainer or {}).get("enable_progress_bar")
-    if arguments["enable_progress_bar"] is not False:
-        arguments["callbacks"] = [Progress(title="classifier")]
-    runner = pl.Trainer(**arguments)
+    runner = pl.Trainer(
+        **arguments, enable_progress_bar=progress, callbacks=[Progress(title="classifier")] if progress else []
+    )
     runner.fit(module, images)
     folder.mkdir(parents=True, exist_ok=True)
     save_file(dict(module.model.state_dict()), folder / "classifier.safetensors")
@@ -250,7 +249,7 @@ def look_at_samples(extractor: Extractor, path: Path, number: int | None = None)
     if path.is_dir():
         about = json.loads((path / "sampling.json").read_text())
         classes = torch.tensor(about["classes"])
-        if extractor.class_names is not None and about["class_names"] in (extractor.class_names, None):
+        if extractor.class_names is not None and about["class_names"] == extractor.class_names:
             seen.classes = classes[torch.arange(count) % len(classes)]
     return seen
 

@@ -34,6 +34,7 @@ from hcvision.runs import (
     keep_metrics,
     last_checkpoint,
     metrics_files,
+    pick_device,
     read_checkpoint,
     write_json,
 )
@@ -119,6 +120,11 @@ class Study:
 
     def cell_folder(self, variant: str, seed: int) -> Path:
         return self.out / variant / f"seed{seed}"
+
+    @property
+    def device(self) -> str:
+        """Where steps are timed and samples are scored."""
+        return "cpu" if self.trainer.get("accelerator") == "cpu" else pick_device()
 
     def build_model(self, variant: str, num_classes: int, seed: int) -> Any:
         return self.module(connection=variant, num_classes=num_classes, **self.model)
@@ -225,7 +231,7 @@ class Study:
         if not self.timing_rounds:
             return {}
         path = self.out / "costs.json"
-        device = "cuda" if torch.cuda.is_available() and self.trainer.get("accelerator", "auto") != "cpu" else "cpu"
+        device = self.device
         key = {"variants": self.variants, "rounds": self.timing_rounds, "device": device, "settings": self.settings}
         if path.is_file() and (known := json.loads(path.read_text()))["key"] == key:
             return known["costs"]
@@ -352,17 +358,24 @@ class GenerationStudy(Study):
         return self.module(connection=variant, num_classes=num_classes, seed=seed, **self.model)
 
     def prepare(self) -> None:
-        """Have the network that scores, before several processes are bound together: it is trained in one."""
-        assert self.extractor
+        """Have the network that scores, before several processes are bound together: it is trained in one.
+
+        Raises:
+            ValueError: ``real_data`` have other classes than ``data``.
+        """
+        known = self.extractor.class_names
+        drawn = known if self.real_data is self.data else ImageData(**self.data).class_names
+        if known is not None and known != drawn:
+            raise ValueError(f"real_data must have the classes of data, got {known[:3]}... and {(drawn or [])[:3]}...")
 
     @cached_property
     def extractor(self) -> Extractor:
-        device = "cuda" if torch.cuda.is_available() and self.trainer.get("accelerator", "auto") != "cpu" else "cpu"
         if self.inception:
-            return Inception(self.inception, device)
+            return Inception(self.inception, self.device)
         folder = self.out / "classifier"
-        train_classifier(folder, self.real_data, self.input_size, self.trainer, device, self.classifier_epochs)
-        return SmallClassifier(folder, device)
+        show = self.trainer.get("enable_progress_bar") is not False
+        train_classifier(folder, self.real_data, self.input_size, self.device, self.classifier_epochs, show)
+        return SmallClassifier(folder, self.device)
 
     @cached_property
     def input_size(self) -> tuple[int, int, int]:

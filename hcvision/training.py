@@ -379,8 +379,7 @@ class ImageClassifier(TimmModule):
 class ImageGenerator(TimmModule):
     """Diffusion: a DiT trained to predict noise or velocity, its pictures, and all of ``TimmModule``.
 
-    Times, noise and the dropped labels of a training batch depend on the seed, the epoch, the batch and the process
-    alone, so that a run that was resumed goes on with the same losses; those of an evaluation image on its number.
+    Times and noise of an evaluation image depend on the seed and on its number alone.
 
     Args:
         model: timm name of a DiT, for example ``dit_b_patch2_256``.
@@ -391,7 +390,7 @@ class ImageGenerator(TimmModule):
         sample_count: images in a grid.
         sample_steps: of the sampler, for grids.
         sample_guidance: scale of classifier-free guidance, for grids.
-        seed: of times, noise and dropped labels.
+        seed: of the times and the noise of evaluation, and of the noise of grids.
         lr: peak learning rate.
         weight_decay: of matrices.
         sched: schedule, by timm's name.
@@ -488,12 +487,12 @@ class ImageGenerator(TimmModule):
         """The model's prediction, (B, C or 2 C, H, W), in its own precision."""
         return self.model(x.to(next(self.model.parameters()).dtype), t, y)
 
-    def batch_loss(self, batch: tuple[Tensor, Tensor], generator: torch.Generator | None = None) -> Tensor:
+    def batch_loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:
         images, classes = batch
         images = images.float()
-        t = self.diffusion.draw_time(len(images), images.device, generator)
-        noise = torch.randn(images.shape, device=images.device, dtype=torch.float32, generator=generator)
-        dropped = torch.rand(len(images), device=images.device, generator=generator) < self.hparams["label_dropout"]
+        t = self.diffusion.draw_time(len(images), images.device)
+        noise = torch.randn(images.shape, device=images.device, dtype=torch.float32)
+        dropped = torch.rand(len(images), device=images.device) < self.hparams["label_dropout"]
         classes = torch.where(dropped, self.hparams["num_classes"], classes)
         return self.diffusion.loss(self, images, classes, t, noise).mean()
 
@@ -501,9 +500,7 @@ class ImageGenerator(TimmModule):
         images = batch[0]
         if len(images) == 0:
             return None
-        place = (self.hparams["seed"], self.current_epoch, batch_idx, self.global_rank)
-        state = int(np.random.SeedSequence(place).generate_state(1)[0])
-        loss = self.batch_loss(batch, torch.Generator(images.device).manual_seed(state))
+        loss = self.batch_loss(batch)
         self.last_loss = loss.detach()
         self.log("loss", loss, on_step=True, prog_bar=True)
         self.log("train_loss", loss, on_step=False, on_epoch=True, batch_size=len(images), sync_dist=True)

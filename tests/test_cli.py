@@ -142,16 +142,21 @@ def bad_cases(image_folder, tmp_path):
     yield fit(damaged, tmp_path / "damaged-run"), f"cannot read image {bad}"
 
 
+def check_refused(arguments, message, capsys):
+    """One line that holds the message, and exit code 2."""
+    with pytest.raises(SystemExit) as stop:
+        main(list(arguments))
+    stderr = capsys.readouterr().err
+    assert stop.value.code == 2, arguments
+    (line,) = [line for line in stderr.splitlines() if line.startswith("hcvision: error:")]
+    assert message in line, arguments
+    assert "Traceback" not in stderr
+
+
 def test_bad_input_gets_one_line_and_leaves_nothing(image_folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for arguments, message in bad_cases(image_folder, tmp_path):
-        with pytest.raises(SystemExit) as stop:
-            main(list(arguments))
-        stderr = capsys.readouterr().err
-        assert stop.value.code == 2, arguments
-        (line,) = [line for line in stderr.splitlines() if line.startswith("hcvision: error:")]
-        assert message in line, arguments
-        assert "Traceback" not in stderr
+        check_refused(arguments, message, capsys)
     assert not (tmp_path / "r").exists()
 
 
@@ -333,12 +338,7 @@ def bad_generation(dit_run, image_folder, tmp_path):
 def test_bad_input_to_generation(dit_run, image_folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for arguments, message in bad_generation(dit_run, image_folder, tmp_path):
-        with pytest.raises(SystemExit) as stop:
-            main(list(arguments))
-        stderr = capsys.readouterr().err
-        assert stop.value.code == 2, arguments
-        (line,) = [line for line in stderr.splitlines() if line.startswith("hcvision: error:")]
-        assert message in line, arguments
+        check_refused(arguments, message, capsys)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -17,8 +17,8 @@ FLOORS = (
     {"vit", "dit"},
     {"__init__"},  # the public names; who imports the package itself stands above them
     {"diffusion", "data"},
-    {"latents", "runs"},
-    {"sampling"},
+    {"runs"},
+    {"latents", "sampling"},
     {"training"},
     {"scoring"},
     {"study", "insight", "export"},

@@ -20,7 +20,6 @@ from hcvision.scoring import (
     train_classifier,
 )
 
-QUIET = {"accelerator": "cpu", "enable_progress_bar": False}
 SIZE = (3, 32, 32)
 
 
@@ -88,7 +87,7 @@ def test_accuracy_is_of_the_classes_that_were_wanted():
 def classifier(image_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("scores") / "classifier"
     data = {"root": str(image_folder), "dataset": "folder", "num_workers": 0}
-    return train_classifier(folder, {**data, "batch_size": 16}, SIZE, QUIET, epochs=4, say=lambda _: None)
+    return train_classifier(folder, {**data, "batch_size": 16}, SIZE, epochs=4, progress=False, say=lambda _: None)
 
 
 def test_the_small_classifier_is_trained_once_and_sees(classifier, image_folder, tmp_path, monkeypatch):
@@ -140,13 +139,15 @@ def write_run(folder, images, classes, names=None):
 
 def test_samples_are_read_with_their_classes(classifier, tmp_path):
     images = np.random.default_rng(0).integers(0, 256, (8, 32, 32, 3)).astype(np.uint8)
-    write_run(tmp_path / "run", images, [2, 0])
+    write_run(tmp_path / "run", images, [2, 0], names=["left-out", "müller straße", "zebra"])
+    write_run(tmp_path / "nameless", images, [2, 0])
     np.savez(tmp_path / "a.npz", arr_0=images)
     extractor = SmallClassifier(classifier)
     of_run = look_at_samples(extractor, tmp_path / "run", 7)
     assert of_run.classes.tolist() == [2, 0, 2, 0, 2, 0, 2]
     write_run(tmp_path / "other", images, [2, 0], names=["cat", "dog", "cow"])
     assert look_at_samples(extractor, tmp_path / "other").classes is None  # other classes than the network's
+    assert look_at_samples(extractor, tmp_path / "nameless").classes is None
     of_npz = look_at_samples(extractor, tmp_path / "a.npz")
     assert of_npz.classes is None
     torch.testing.assert_close(of_npz.features[:7], of_run.features)

@@ -280,7 +280,13 @@ def test_the_samples_of_a_cell_are_those_of_its_checkpoint(make_generation, tmp_
         make_generation(variants=["residual"], seeds=[1], inception="weights.pth").run()
 
 
-def test_a_study_needs_real_images(make_generation):
+def test_a_study_needs_real_images(make_generation, image_folder, tmp_path):
+    other = shutil.copytree(image_folder, tmp_path / "other")
+    for split in ("train", "val"):
+        (other / split / "zebra").rename(other / split / "horse")
+    with pytest.raises(ValueError, match=r"real_data must have the classes of data, got .*'horse'.* and .*'zebra'"):
+        make_generation(real_data={"root": str(other), "dataset": "folder", "num_workers": 0}).run(say=lambda _: None)
+    assert not (tmp_path / "study" / "residual").exists()
     with pytest.raises(ValueError, match="real images beside them, and 'latents' has none to choose from"):
         make_generation(data={"dataset": "latents", "root": "nowhere"})
 
@@ -293,6 +299,8 @@ def test_variants_see_the_same_times_and_noise(make_generation):
             module = study.build_model(variant, 3, seed)
             module.trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
             module.log = lambda *_, **__: None
+            pl.seed_everything(seed, verbose=False)
+            module.on_train_batch_start(None, 0)
             batch = (torch.ones(4, 3, 16, 16), torch.tensor([0, 1, 2, 0]))
             first[variant, seed] = module.training_step(batch, 0).item()
     assert len(set(first.values())) == 2
