@@ -1,31 +1,35 @@
-"""The command line of hcvision: one command per thing to do, each with ``--help``."""
+"""The commands of hcvision, each with ``--help``; ``hcvision_command`` calls them."""
 
 import argparse
-import csv
 import ctypes
 import difflib
+import errno
 import logging
 import os
 import re
+import shlex
 import sys
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import pytorch_lightning as pl
 import timm
+import torch
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser
-from pytorch_lightning.callbacks import BasePredictionWriter
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from tqdm import tqdm
 
 from hcvision.convert import coverage
 from hcvision.data import ImageData
+from hcvision.evaluation import ClassReport
 from hcvision.latents import encode_folder, load_vae
 from hcvision.runs import (
+    Stopped,
+    checkpoint_folder,
     equip,
     is_first_process,
     keep_metrics,
@@ -47,25 +51,11 @@ from hcvision.scoring import (
 from hcvision.scoring import compare as compare_features
 from hcvision.study import GenerationStudy, Study
 from hcvision.training import ImageClassifier, ImageGenerator, TimmModule
-
-USAGE = """\
-usage: hcvision COMMAND [--config FILE] [options]
-
-  fit        train a model (--task generate: a diffusion model)
-  validate   score a checkpoint on the validation images
-  test       score a checkpoint on the test images
-  predict    write the classes of the test images to predictions.csv
-  compare    train variants beside their residual twin and report
-  sample     draw images with a diffusion model
-  score      compare drawn images with real ones: FID, or a distance on a small classifier
-  encode     turn a folder of images into latents of a VAE
-  coverage   count the timm architectures that take connections, and say why the others do not
-
-`hcvision COMMAND --help` lists the options; configs/ holds complete configurations."""
-
+from hcvision_command import fail
 
 TASKS: dict[str, type[TimmModule]] = {"classify": ImageClassifier, "generate": ImageGenerator}
 STUDIES: dict[str, type[Study]] = {"classify": Study, "generate": GenerationStudy}
+HALF_PRECISIONS = {"16-mixed", "bf16-mixed", "16-true", "bf16-true", "16", "bf16"}
 WHOLE_IMAGES = {"data.scale": (1.0, 1.0), "data.ratio": (1.0, 1.0), "data.crop_pct": 1.0}  # what is to be drawn
 
 
@@ -99,11 +89,6 @@ class RunParser(OneLineErrors, LightningArgumentParser):
     pass
 
 
-def fail(message: str) -> NoReturn:
-    print(f"hcvision: error: {message}", file=sys.stderr)
-    sys.exit(2)
-
-
 class CommandLine(LightningCLI):
     """LightningCLI with one folder per run, which nothing overwrites, and resume that resumes."""
 
@@ -117,7 +102,14 @@ class CommandLine(LightningCLI):
             parser.set_defaults(WHOLE_IMAGES)
             parser.link_arguments("data.seed", "model.seed")
         parser.add_argument("--run", type=str | None, default=None, help="folder of the run (default: runs/NAME)")
-        parser.add_argument("--resume", type=bool, default=False, help="go on with the run in that folder (fit only)")
+        parser.add_argument(
+            "--resume",
+            type=bool | Literal["auto"],
+            default=False,
+            help="go on with the run in that folder; auto: if there is one, else start it (fit only)",
+        )
+        if self.task == "classify":
+            parser.link_arguments("data.multi_label", "model.multi_label")
         parser.link_arguments("data.num_classes", "model.num_classes", apply_on="instantiate")
 
     def _parse_ckpt_path(self) -> None:
@@ -125,12 +117,14 @@ class CommandLine(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
-        if self.subcommand == "predict" and self.task == "generate":
-            raise ValueError("a diffusion model predicts no classes; `hcvision sample` draws images with it")
         model, data = config["model"], config["data"]
         name = "_".join(filter(None, [str(model["model"]).replace(":", "_").replace("/", "_"), model["connection"]]))
         self.run_folder = Path(config["run"] or f"runs/{name}-{str(data['dataset']).replace('/', '_')}")
         self.checkpoint = config["ckpt_path"]
+        if self.checkpoint in ("best", "last"):
+            self.checkpoint = checkpoint_folder(self.run_folder) / f"{self.checkpoint}.ckpt"
+        if config["resume"] == "auto":
+            config["resume"] = last_checkpoint(self.run_folder) is not None
         self.resuming, config["resume"] = config["resume"] and self.subcommand == "fit", False
         if self.resuming and self.checkpoint is not None:
             raise ValueError("give --resume or --ckpt_path, got both")
@@ -156,10 +150,10 @@ class CommandLine(LightningCLI):
         if self.subcommand != "fit":  # nothing new to log
             config["logger"] = False
             self.save_config_callback = None
-        arguments = equip(self.run_folder, config.as_dict(), monitor=TASKS[self.task].monitor)
+        arguments = equip(self.run_folder, config.as_dict(), monitor=self.model.monitor)
         config["callbacks"] = arguments.pop("callbacks")
-        if self.subcommand == "predict":
-            config["callbacks"].append(WritePredictions(self.run_folder / "predictions.csv"))
+        if self.subcommand == "test" and self.task == "classify":
+            config["callbacks"].append(ClassReport(self.run_folder / "test"))
         return super().instantiate_trainer(**arguments, **kwargs)
 
     def before_fit(self) -> None:
@@ -171,6 +165,39 @@ class CommandLine(LightningCLI):
             print(f"resuming {self.run_folder} from {self.checkpoint}")
         if is_first_process():
             keep_metrics(self.run_folder) if self.resuming else make_room(self.run_folder)
+            if self.model.untouched is not None and self.checkpoint is None:
+                print(f"weights of {self.model.hparams['init_from']}; {say_untouched(self.model.untouched)}")
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        try:
+            super()._run_subcommand(subcommand)
+        except RuntimeError as error:
+            if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+                raise
+            raise MemoryError(self.what_needs_less()) from error
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise
+            kept = last_checkpoint(self.run_folder)
+            last = f"the last good checkpoint is {kept}" if kept else "there is no checkpoint yet"
+            raise OSError(f"cannot write into {self.run_folder}: {error.strerror}; {last}") from error
+
+    def what_needs_less(self) -> str:
+        """What to do when there is not enough memory for a batch."""
+        config, trainer = self.config[self.subcommand], self.trainer
+        data, model = config["data"], config["model"]
+        if self.subcommand != "fit" or not trainer.training:
+            size = data["eval_batch_size"] or data["batch_size"]
+            ways = [f"--data.eval_batch_size {max(size // 2, 1)}"]
+        else:
+            size = data["batch_size"]
+            more = f"--trainer.accumulate_grad_batches {2 * trainer.accumulate_grad_batches}"
+            ways = [f"--data.batch_size {size // 2} {more} (the same update)"] if size > 1 else []
+            ways += [] if model["grad_checkpointing"] else ["--model.grad_checkpointing true"]
+        if str(config["trainer"]["precision"]) not in HALF_PRECISIONS:
+            ways.append("--trainer.precision bf16-mixed")
+        where = f"{trainer.strategy.root_device}"
+        return f"not enough memory on {where} for batches of {size}; any of these needs less: {', '.join(ways)}"
 
     def after_fit(self) -> None:
         metrics = self.trainer.callback_metrics
@@ -179,27 +206,13 @@ class CommandLine(LightningCLI):
             print(f"val {top1}loss {metrics['val_loss'].item():.4f}; the run is in {self.run_folder}")
 
 
-class WritePredictions(BasePredictionWriter):
-    """Classes and their probabilities, one row per image in the order of the loader, as CSV (one per process)."""
-
-    def __init__(self, path: Path):
-        super().__init__(write_interval="epoch")
-        self.path = path
-
-    def write_on_epoch_end(self, trainer: pl.Trainer, pl_module, predictions: Sequence[Any], batch_indices) -> None:
-        rank, data = trainer.global_rank, trainer.datamodule  # type: ignore[attr-defined]
-        path = self.path if trainer.world_size == 1 else self.path.with_name(f"predictions-{rank}.csv")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        number = 0
-        with path.open("w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(["image", "class", "probability"])
-            for batch in predictions:
-                for probability, label in zip(*batch.max(-1), strict=True):
-                    name = data.class_names[int(label)] if data.class_names else int(label)
-                    writer.writerow([number * trainer.world_size + rank, name, f"{probability.item():.4f}"])
-                    number += 1
-        print(f"wrote {number} predictions to {path}")
+def say_untouched(names: list[str]) -> str:
+    """What a file of weights had nothing for, in words."""
+    connections = [name for name in names if "connection" in name]
+    rest = [name for name in names if "connection" not in name]
+    parts = rest[:4] + [f"{len(rest) - 4} more"] * (len(rest) > 4)
+    parts += [f"{len(connections)} parameters of connections"] * bool(connections)
+    return f"{', '.join(parts)} keep their initial values" if parts else "they are of all parameters"
 
 
 def find_task(arguments: list[str]) -> str:
@@ -245,7 +258,7 @@ def make_room(run: Path) -> None:
 
 
 def run_lightning(arguments: list[str]) -> None:
-    """fit, validate, test and predict; ``arguments`` begin with which."""
+    """fit, validate and test; ``arguments`` begin with which."""
     CommandLine(
         find_task(arguments),
         args=arguments,
@@ -278,10 +291,10 @@ def compare(arguments: list[str]) -> None:
         print(f"\n{report.read_text()}\nreport: {report}")
 
 
-def run_function(function: Callable[..., Any]) -> Callable[[list[str]], None]:
+def run_function(function: Callable[..., Any]) -> Callable[[list[str]], Any]:
     """A command whose options are the arguments of a function; the first one is positional where it has no default."""
 
-    def run(arguments: list[str]) -> None:
+    def run(arguments: list[str]) -> Any:
         title = (function.__doc__ or "").strip().splitlines()[0]
         parser = StudyParser(prog=f"hcvision {function.__name__.partition('_')[0]}", description=title)
         parser.add_function_arguments(function, as_positional=True, skip={"say"})
@@ -484,8 +497,8 @@ def count_coverage(arguments: list[str]) -> None:
         print(f"{len(names):5} {reason} ({', '.join(names[:2])}{', ...' if len(names) > 2 else ''})")
 
 
-COMMANDS: dict[str, Callable[[list[str]], None]] = {
-    **dict.fromkeys(("fit", "validate", "test", "predict"), run_lightning),
+COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
+    **dict.fromkeys(("fit", "validate", "test"), run_lightning),
     "compare": compare,
     "sample": run_function(sample),
     "score": score,
@@ -514,23 +527,28 @@ def keep_freed_memory() -> None:
         libc.mallopt(-3, 32 * 2**20)  # M_MMAP_THRESHOLD, at the largest that it takes
 
 
-def main(arguments: list[str] | None = None) -> None:
-    arguments = sys.argv[1:] if arguments is None else arguments
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(USAGE)
-        return
-    if arguments[0] not in COMMANDS:
-        fail(f"unknown command {arguments[0]!r}; the commands: {', '.join(COMMANDS)}")
+def run(arguments: list[str]) -> None:
+    """Do what a command line says; ``arguments`` begin with the command. Errors end in one line."""
     quieten()
     keep_freed_memory()
+    command = COMMANDS[arguments[0]]
     try:
-        command = COMMANDS[arguments[0]]
-        command(arguments if command is run_lightning else arguments[1:])
-    except (ValueError, OSError) as error:
+        status = command(arguments if command is run_lightning else arguments[1:])
+    except Stopped as stop:
+        if is_first_process():
+            print(f"{stop.message}; {how_to_go_on(arguments)}", file=sys.stderr)
+        sys.exit(stop.code)
+    except KeyboardInterrupt:
+        fail("interrupted", code=130)
+    except (ValueError, OSError, MemoryError) as error:
         if os.environ.get("HCVISION_DEBUG"):
             raise
         fail(f"{error} (HCVISION_DEBUG=1 shows where)")
+    if status:
+        sys.exit(status)
 
 
-if __name__ == "__main__":
-    main()
+def how_to_go_on(arguments: list[str]) -> str:
+    if arguments[0] != "fit" or any(re.match("--resume[= ]?(true|auto)", part) for part in arguments):
+        return "the same command goes on"
+    return f"go on with: hcvision {shlex.join(arguments)} --resume true"

@@ -1,36 +1,44 @@
-"""Images for Lightning: folders, torchvision's small sets, timm's dataset strings, and shards of latents.
+"""Images for Lightning: folders, tables, torchvision's small sets, timm's dataset strings, and shards of latents.
 
 ``python -m hcvision.data ROOT`` puts Fashion-MNIST into ROOT.
 """
 
-import contextlib
 import gzip
+import itertools
 import json
 import os
-import random
 import shutil
-import struct
 import subprocess
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytorch_lightning as pl
 import torch
-from PIL import Image, ImageOps
 from pytorch_lightning.overrides.distributed import UnrepeatedDistributedSampler
-from pytorch_lightning.utilities.seed import isolate_rng
 from safetensors import SafetensorError, safe_open
 from timm.data import create_dataset, create_transform
-from timm.data.auto_augment import AugmentOp
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset
 from torchvision import datasets as tv_datasets
+
+from hcvision.images import (
+    BadImage,
+    Batch,
+    Images,
+    Row,
+    Table,
+    collate,
+    find_classes,
+    keep_a_bit,
+    open_folder,
+    read_table,
+    split_by_class,
+)
 
 FASHION_FILES = (
     "train-images-idx3-ubyte",
@@ -43,53 +51,6 @@ DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 BUILT_IN = {"fashion_mnist": 10, "cifar10": 10, "cifar100": 100}
 LATENT_FORMAT = "hcvision-latents-1"
 TIMM_PREFIXES = ("hfds/", "hfids/", "wds/", "tfds/", "torch/")
-
-
-@dataclass
-class BadImage:
-    """An image that could not be read or transformed, where, and why."""
-
-    path: str
-    reason: str
-    doing: str = "read"
-
-    def __str__(self) -> str:
-        return f"cannot {self.doing} image {self.path}: {self.reason}"
-
-
-class Images(Dataset):
-    """Chosen samples of a map-style dataset of PIL images, transformed; bad ones become ``BadImage``.
-
-    An index may come with an epoch. Then its augmentation depends on (seed, epoch, index) alone: not
-    on the number of workers, on what else draws random numbers, or on where a run was resumed.
-    """
-
-    def __init__(self, base: Any, indices: Sequence[int], transform: Callable, mode: str, seed: int = 0):
-        self.base, self.indices, self.transform, self.mode, self.seed = base, indices, transform, mode, seed
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, index: int | tuple[int, int]) -> tuple[Tensor, int] | BadImage:
-        epoch, number = index if isinstance(index, tuple) else (None, index)
-        position = self.indices[number]
-        doing = "read"
-        try:
-            image, target = self.base[position]
-            image = image.convert(self.mode)
-            doing = "transform"
-            if epoch is None:
-                return self.transform(image), target
-            with isolate_rng(include_cuda=False) if get_worker_info() is None else contextlib.nullcontext():
-                seed = int(np.random.SeedSequence((self.seed, epoch, number)).generate_state(1)[0])
-                random.seed(seed)
-                np.random.seed(seed)  # noqa: NPY002 - the generator that timm's transforms draw from
-                torch.manual_seed(seed)
-                return self.transform(image), target
-        except (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError) as error:
-            samples = getattr(self.base, "samples", None)
-            path = samples[position][0] if samples else f"number {position}"
-            return BadImage(str(path), str(error).replace(str(path), "it"), doing)
 
 
 class LatentShards:
@@ -173,26 +134,20 @@ class Latents(Dataset):
 
 
 class EpochSampler(DistributedSampler):
-    """DistributedSampler that says the epoch with every index."""
+    """DistributedSampler that says the epoch with every index, and leaves out the first ``skip`` once."""
+
+    skip = 0
 
     def __iter__(self) -> Iterator[Any]:
-        return ((self.epoch, index) for index in super().__iter__())
+        indices, self.skip = itertools.islice(super().__iter__(), self.skip, None), 0
+        return ((self.epoch, index) for index in indices)
 
 
-@dataclass
-class Batch:
-    """What the workers hand over: a batch of images (B, C, H, W) and targets (B,), and what was bad in it."""
+class Loader(DataLoader):
+    """DataLoader that reads nothing until a batch is asked for: a run that goes on says only then where it was."""
 
-    images: Tensor
-    targets: Tensor
-    bad: list[BadImage]
-
-
-def collate(samples: list[tuple[Tensor, int] | BadImage]) -> Batch:
-    good = [sample for sample in samples if not isinstance(sample, BadImage)]
-    images = torch.stack([image for image, _ in good]) if good else torch.empty(0)
-    targets = torch.tensor([target for _, target in good], dtype=torch.long)
-    return Batch(images, targets, [sample for sample in samples if isinstance(sample, BadImage)])
+    def __iter__(self) -> Any:
+        yield from super().__iter__()
 
 
 class ImageData(pl.LightningDataModule):
@@ -203,11 +158,16 @@ class ImageData(pl.LightningDataModule):
 
     Args:
         dataset: ``folder`` (ROOT/train/CLASS/IMAGE and ROOT/val/CLASS/IMAGE, optionally ROOT/test; or
-            ROOT/CLASS/IMAGE together with val_fraction), ``latents`` (shards that ``hcvision encode``
-            made), ``fashion_mnist``, ``cifar10``,
+            ROOT/CLASS/IMAGE together with val_fraction), ``csv`` (ROOT/train.csv and ROOT/val.csv, optionally
+            ROOT/test.csv; or ROOT is a CSV file with a column ``split``, or comes together with val_fraction),
+            ``latents`` (shards that ``hcvision encode`` made), ``fashion_mnist``, ``cifar10``,
             ``cifar100``, or a dataset string of timm (``hfds/...``, ``wds/...``, ``tfds/...``,
             ``torch/...``).
         root: where the images are, or where torchvision downloads them to.
+        file_column: of a CSV file: its column of image files, relative to the CSV file's folder.
+        label_column: of a CSV file: its column of labels.
+        multi_label: an image of a CSV file may have several labels, or none.
+        label_separator: between them.
         val_fraction: take this part of the training images for validation, per class.
         split_seed: seed of that choice, and of train_samples.
         train_split: name of the training split (a subfolder, for ``folder``).
@@ -242,6 +202,10 @@ class ImageData(pl.LightningDataModule):
         self,
         dataset: str = "folder",
         root: str = "data",
+        file_column: str = "file",
+        label_column: str = "label",
+        multi_label: bool = False,
+        label_separator: str = ";",
         val_fraction: float | None = None,
         split_seed: int = 0,
         train_split: str = "train",
@@ -290,16 +254,23 @@ class ImageData(pl.LightningDataModule):
             "auto_augment": auto_augment, "re_prob": re_prob, "re_mode": "pixel", "no_aug": no_aug,
         }  # fmt: skip
         self.skip_bad_images, self.seed = skip_bad_images, seed
+        self.columns, self.multi_label = (file_column, label_column), multi_label
+        self.label_separator = label_separator if multi_label else None
         self.class_names: list[str] | None = None
         self.stages: dict[str, tuple[Any, Sequence[int]]] = {}
         self.warned: set[str] = set()
+        self.train_sampler: DistributedSampler | None = None
 
         self.num_classes: int
         self.is_timm = dataset.startswith(TIMM_PREFIXES)
+        if multi_label and dataset != "csv":
+            raise ValueError(f"multi_label needs a table of labels (--data.dataset csv), got the dataset {dataset!r}")
         if dataset == "folder":
             self._scan_folders()
             assert self.class_names is not None
             self.num_classes = len(self.class_names)
+        elif dataset == "csv":
+            self._scan_tables()
         elif dataset == "latents":
             self._scan_latents()
         elif dataset in BUILT_IN:
@@ -311,7 +282,7 @@ class ImageData(pl.LightningDataModule):
                 raise ValueError(f"val_fraction and train_samples do not work with the dataset {dataset!r}")
             self.num_classes = num_classes
         else:
-            known = ", ".join(("folder", *BUILT_IN, "latents", *(f"{prefix}..." for prefix in TIMM_PREFIXES)))
+            known = ", ".join(("folder", "csv", *BUILT_IN, "latents", *(f"{prefix}..." for prefix in TIMM_PREFIXES)))
             raise ValueError(f"dataset must be one of {known}, got {dataset!r}")
         if num_classes is not None and num_classes != self.num_classes:
             raise ValueError(f"num_classes must be {self.num_classes} for {dataset} in {root}, got {num_classes}")
@@ -345,6 +316,44 @@ class ImageData(pl.LightningDataModule):
                 both = f"{self.splits['train']} and {self.splits[stage]}"
                 raise ValueError(f"the class folders of {both} differ: {', '.join(differing)}")
         self.class_names = list(classes)
+        names = sorted({name for base, _ in self.stages.values() for name in base.left_out})
+        if names:
+            shown = ", ".join(map(repr, names[:3])) + ", ..." * (len(names) > 3)
+            warnings.warn(f"left out, no images by their names: {shown} ({len(names)} in {self.root})", stacklevel=3)
+
+    def _scan_tables(self) -> None:
+        tables = {stage: self.root / f"{split}.csv" for stage, split in self.splits.items()}
+        if not self.root.exists():
+            raise FileNotFoundError(f"there is no {self.root}; data.root must be a CSV file or a folder of them")
+        one = self.root if self.root.is_file() else tables["train"] if self.val_fraction else None
+        if one is None:
+            absent = [str(tables[stage]) for stage in ("train", "val") if not tables[stage].is_file()]
+            if absent:
+                raise FileNotFoundError(
+                    f"there is no {absent[0]}; {self.root} must hold {tables['train'].name} and {tables['val'].name}"
+                )
+            rows = {stage: self._read_table(path) for stage, path in tables.items() if path.is_file()}
+        elif self.val_fraction is None:
+            every = self._read_table(one)
+            rows = {stage: [row for row in every if row.split == split] for stage, split in self.splits.items()}
+            if not (rows["train"] and rows["val"]):
+                there = ", ".join(sorted({row.split for row in every} - {""})) or "none"
+                raise ValueError(
+                    f"{one} must have a column split of {self.splits['train']} and {self.splits['val']}, got {there}, "
+                    "or val_fraction must say how much of it is for validation"
+                )
+        else:
+            rows = {"train": self._read_table(one)}
+        classes = find_classes(rows["train"])
+        bases = {stage: Table(part, classes, self.multi_label) for stage, part in rows.items() if part}
+        self.stages = {stage: (base, range(len(base))) for stage, base in bases.items()}
+        if self.val_fraction is not None:
+            train, val = split_by_class(bases["train"].targets, self.val_fraction, self.split_seed)
+            self.stages = {"train": (bases["train"], train), "val": (bases["train"], val)}
+        self.class_names, self.num_classes = classes, len(classes)
+
+    def _read_table(self, path: Path) -> list[Row]:
+        return read_table(path, *self.columns, self.label_separator)
 
     def _scan_latents(self) -> None:
         base = LatentShards(self.root, self.splits["train"])
@@ -454,10 +463,10 @@ class ImageData(pl.LightningDataModule):
         if not isinstance(dataset, IterableDataset):
             if training:
                 order = EpochSampler if isinstance(dataset, (Images, Latents)) else DistributedSampler
-                sampler = order(dataset, world, rank, shuffle=True, seed=self.seed, drop_last=True)
+                sampler = self.train_sampler = order(dataset, world, rank, shuffle=True, seed=self.seed, drop_last=True)
             elif world > 1:
                 sampler = UnrepeatedDistributedSampler(dataset, world, rank, shuffle=False)
-        return DataLoader(
+        return Loader(
             dataset,
             batch_size=batch_size,
             sampler=sampler,
@@ -504,6 +513,13 @@ class ImageData(pl.LightningDataModule):
     def predict_dataloader(self) -> DataLoader:
         return self._loader("test")
 
+    def skip_batches(self, number: int) -> None:
+        """Begin the next epoch of training after so many batches, as a run that was stopped there goes on."""
+        if isinstance(self.train_sampler, EpochSampler):
+            self.train_sampler.skip = number * self.batch_size
+        elif number:
+            warnings.warn(f"{self.dataset} cannot go on after {number} batches: its epoch begins anew", stacklevel=2)
+
     def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> tuple[Tensor, Tensor]:
         self.report_bad(batch.bad)
         return batch.images, batch.targets
@@ -521,58 +537,6 @@ class ImageData(pl.LightningDataModule):
 def count_workers(wanted: int | None) -> int:
     """``wanted``, where None stands for the CPU cores available, at most 8."""
     return min(8, len(os.sched_getaffinity(0))) if wanted is None else wanted
-
-
-def keep_a_bit(transform: Any) -> None:
-    """Have timm's augmentation posterize to one bit where it would to none, which Pillow 13 refuses."""
-    for name in ("transforms", "ops", "policy"):
-        for member in getattr(transform, name, None) or ():
-            keep_a_bit(member)
-    if isinstance(transform, list):  # a policy's
-        for member in transform:
-            keep_a_bit(member)
-    if isinstance(transform, AugmentOp) and transform.name.startswith("Posterize"):
-        transform.aug_fn = posterize
-
-
-def posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
-    return ImageOps.posterize(image, max(bits, 1)) if bits < 8 else image
-
-
-def open_folder(folder: Path) -> tv_datasets.ImageFolder:
-    """ImageFolder with one clear line for what is missing."""
-    classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
-    if not classes:
-        raise ValueError(f"there is no class folder in {folder}; it must hold one subfolder per class")
-    base = tv_datasets.ImageFolder(str(folder), allow_empty=True, loader=_open_image)
-    found = {target for _, target in base.samples}
-    empty = [name for target, name in enumerate(base.classes) if target not in found]
-    if empty:
-        raise ValueError(
-            f"there is no image in the class folder {folder / empty[0]}"
-            + (f" (nor in {len(empty) - 1} more)" if len(empty) > 1 else "")
-        )
-    return base
-
-
-def _open_image(path: str) -> Image.Image:
-    with Image.open(path) as image:
-        image.load()
-        return image
-
-
-def split_by_class(targets: Sequence[int], fraction: float, seed: int) -> tuple[list[int], list[int]]:
-    """Indices to keep and indices to hold out: ``fraction`` of each class, at least one, chosen by seed."""
-    generator = torch.Generator().manual_seed(seed)
-    labels = torch.as_tensor(targets)
-    held_out = torch.zeros(len(labels), dtype=torch.bool)
-    for label in labels.unique():
-        members = (labels == label).nonzero().squeeze(1)
-        if len(members) < 2:
-            raise ValueError(f"class number {int(label)} has 1 image, too few to split for validation")
-        count = min(max(round(fraction * len(members)), 1), len(members) - 1)
-        held_out[members[torch.randperm(len(members), generator=generator)[:count]]] = True
-    return (~held_out).nonzero().squeeze(1).tolist(), held_out.nonzero().squeeze(1).tolist()
 
 
 def find_fashion_mnist(root: Path, debian_download: bool = False) -> Path:

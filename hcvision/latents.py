@@ -18,8 +18,9 @@ from timm.data import create_transform
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
-from hcvision.data import LATENT_FORMAT, Images, LatentShards, collate, count_workers, open_folder
+from hcvision.data import LATENT_FORMAT, LatentShards, count_workers
 from hcvision.diffusion import SeededNoise
+from hcvision.images import Images, collate, open_folder
 from hcvision.runs import pick_device
 
 

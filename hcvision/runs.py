@@ -1,16 +1,19 @@
-"""A run and its folder: checkpoints, metrics, loggers, and the progress bar."""
+"""A run and its folder: checkpoints, metrics, loggers, the progress bar, and stopping so that it can go on."""
 
 import argparse
 import json
 import os
 import pickle
+import signal
+import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import LearningRateMonitor, ModelCheckpoint, ProgressBar, TQDMProgressBar
+from pytorch_lightning.callbacks import Checkpoint, LearningRateMonitor, ModelCheckpoint, ProgressBar, TQDMProgressBar
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 
 
@@ -47,8 +50,9 @@ class Progress(TQDMProgressBar):
     def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
         metrics = super().get_metrics(trainer, pl_module)
         metrics.pop("v_num", None)
-        if "val_top1" in trainer.callback_metrics:
-            metrics["val_top1"] = f"{100 * trainer.callback_metrics['val_top1'].item():.2f}%"
+        score = next((name for name in ("val_top1", "val_map") if name in trainer.callback_metrics), None)
+        if score:
+            metrics[score] = f"{100 * trainer.callback_metrics[score].item():.2f}%"
         elif "val_loss" in trainer.callback_metrics:
             metrics["val_loss"] = f"{trainer.callback_metrics['val_loss'].item():.4f}"
         elapsed, done = time.monotonic() - self.began, trainer.global_step - self.first_step
@@ -69,6 +73,76 @@ def last_checkpoint(run: Path) -> Path | None:
     """The newest checkpoint of a run folder, or None."""
     path = checkpoint_folder(run) / "last.ckpt"
     return path if path.is_file() else None
+
+
+def best_checkpoint(run: Path) -> Path | None:
+    """The best checkpoint of a run folder, the last one where there is no best, or None."""
+    path = checkpoint_folder(run) / "best.ckpt"
+    return path if path.is_file() else last_checkpoint(run)
+
+
+class Stopped(SystemExit):
+    """A run was asked to stop (Ctrl-C, SIGTERM) and did. ``code`` is 128 and the signal's number, as shells have it."""
+
+    def __init__(self, code: int, message: str):
+        super().__init__(code)
+        self.message = message
+
+
+class StopCleanly(Checkpoint):
+    """On Ctrl-C or SIGTERM finish the step, keep a checkpoint that goes on right there, and stop; on a second, at once.
+
+    A checkpoint callback, so that it comes after the others in every hook, the averaging of weights included.
+    """
+
+    def __init__(self, run: Path):
+        self.run = run
+        self.signal: int | None = None
+        self.handlers: dict[int, Any] = {}
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self.handlers[number] = signal.signal(number, self.receive)
+
+    def receive(self, number: int, _: Any) -> None:
+        if self.signal is not None:
+            self.give_back()
+            raise KeyboardInterrupt
+        self.signal = number
+        if is_first_process():
+            print("\nstopping after this step or validation; once more stops at once", file=sys.stderr)
+
+    def give_back(self) -> None:
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        self.handlers = {}
+
+    def is_wanted(self, trainer: pl.Trainer) -> bool:
+        """Whether any process was asked to stop; all of them have to say the same."""
+        return trainer.strategy.reduce_boolean_decision(self.signal is not None, all=False)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs, batch, batch_idx) -> None:
+        updated = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        # the last step of an epoch is followed by a validation, whose result belongs to the run
+        if updated and not trainer.is_last_batch and self.is_wanted(trainer):
+            self.stop(trainer)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.is_wanted(trainer) and not trainer.fit_loop.done:
+            self.stop(trainer)
+
+    def stop(self, trainer: pl.Trainer) -> None:
+        path = checkpoint_folder(self.run) / "last.ckpt"
+        trainer.save_checkpoint(path)
+        where = f"stopped after step {trainer.global_step} (epoch {trainer.current_epoch}); {path} holds it"
+        raise Stopped(128 + (self.signal or signal.SIGTERM), where)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.give_back()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self.give_back()
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -117,6 +191,7 @@ def equip(
         place: dict[str, Any] = {"dirpath": checkpoint_folder(run), "enable_version_counter": False}
         callbacks.append(ModelCheckpoint(filename="last", **place))
         callbacks.append(ModelCheckpoint(filename="best", monitor=monitor[0], mode=monitor[1], **place))
+        callbacks.append(StopCleanly(run))
     if arguments["logger"]:
         callbacks.append(LearningRateMonitor(logging_interval="step"))
     if trainer.get("enable_progress_bar") is not False and not any(isinstance(c, ProgressBar) for c in callbacks):

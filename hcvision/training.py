@@ -12,17 +12,17 @@ import numpy as np
 import pytorch_lightning as pl
 import timm
 import torch
-from pytorch_lightning.callbacks import EMAWeightAveraging
+from pytorch_lightning.callbacks import EMAWeightAveraging, ModelCheckpoint
 from pytorch_lightning.loggers import TensorBoardLogger
 from timm.data import Mixup, resolve_model_data_config
 from timm.loss import SoftTargetCrossEntropy
-from timm.models import get_model_input_config, load_state_dict
+from timm.models import get_model_input_config, load_state_dict, load_state_dict_from_hf
 from timm.optim import create_optimizer_v2, list_optimizers
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, MetricCollection
-from torchmetrics.classification import MulticlassAccuracy
+from torchmetrics.classification import MulticlassAccuracy, MultilabelAveragePrecision, MultilabelF1Score
 
 from hcvision.connections import Connection
 from hcvision.convert import checkpoint_filter_fn, create_model
@@ -30,7 +30,7 @@ from hcvision.data import ImageData
 from hcvision.diffusion import OBJECTIVES, SeededNoise, check_sampler, guide
 from hcvision.dit import DiT, averaged_weights
 from hcvision.latents import decode, load_vae
-from hcvision.runs import read_checkpoint
+from hcvision.runs import best_checkpoint, read_checkpoint
 from hcvision.sampling import Sampling, columns_of, enlarge, grid, to_uint8
 
 SCHEDULES = ("cosine", "tanh", "poly", "step", "multistep", "wsd", "constant")
@@ -45,8 +45,11 @@ class TimmModule(pl.LightningModule):
         num_classes: classes of the data.
         model_args: more arguments of ``timm.create_model``: img_size, drop_path_rate, ...
         pretrained: load timm's weights of ``model``.
-        init_from: file with weights to start from: a checkpoint of ours, .safetensors or .pth. A head
-            of another size is left out. (``ckpt_path`` resumes a run; this starts a new one.)
+        init_from: weights to start from instead of timm's: a .safetensors, .pth or .ckpt file, the folder of an
+            earlier run or of an exported model, or ``hf-hub:OWNER/NAME``. A head of another size is left out, and
+            images are prepared as that run did. (``ckpt_path`` resumes a run; this starts a new one.)
+        freeze_epochs: for so many epochs only the head and the connections are trained.
+        linear_probe: train the head alone, all the time; the rest is as in evaluation.
         opt: optimizer, by timm's name.
         lr: peak learning rate.
         weight_decay: of matrices; biases, norms and the static parameters of connections do not decay.
@@ -62,6 +65,7 @@ class TimmModule(pl.LightningModule):
         sched_args: more arguments of timm's schedule, in epochs: decay_epochs, decay_rate, ...
         ema_decay: evaluate and save an exponential moving average of the weights.
         compile: run the model through torch.compile.
+        grad_checkpointing: compute activations again in backward instead of keeping them: less memory, more time.
         skip_nonfinite: how many updates may be left out because the loss or its gradient is NaN or infinite; one
             more stops the run.
 
@@ -80,6 +84,8 @@ class TimmModule(pl.LightningModule):
         model_args: dict[str, Any] | None = None,
         pretrained: bool = False,
         init_from: str | None = None,
+        freeze_epochs: int = 0,
+        linear_probe: bool = False,
         opt: str = "adamw",
         lr: float = 1e-3,
         weight_decay: float = 0.05,
@@ -94,6 +100,7 @@ class TimmModule(pl.LightningModule):
         sched_args: dict[str, Any] | None = None,
         ema_decay: float | None = None,
         compile: bool = False,
+        grad_checkpointing: bool = False,
         skip_nonfinite: int = 0,
     ):
         super().__init__()
@@ -104,19 +111,71 @@ class TimmModule(pl.LightningModule):
             raise ValueError(f"give warmup_steps or warmup_epochs, got both ({warmup_steps} and {warmup_epochs})")
         if connection_lr_factor <= 0:
             raise ValueError(f"connection_lr_factor must be positive, got {connection_lr_factor}")
-        if init_from is not None and not Path(init_from).is_file():
-            raise FileNotFoundError(f"there is no file {init_from} to take weights from")
+        if freeze_epochs < 0 or (freeze_epochs and linear_probe):
+            raise ValueError(
+                f"freeze_epochs must be at least 0, and 0 with linear_probe, got {freeze_epochs} and {linear_probe}"
+            )
+        if init_from is not None:
+            find_weights(init_from)
         self.save_hyperparameters()
+        load_pretrained = pretrained and init_from is None
         self.model = create_model(
-            model, connection, pretrained=pretrained, num_classes=num_classes, **(model_args or {})
+            model, connection, pretrained=load_pretrained, num_classes=num_classes, **(model_args or {})
         )
         self.check_model(model)
         self.skipped, self.last_loss = 0, torch.zeros(())
+        self.batches_done = 0  # of the epoch in which a run goes on
         # the pretrained weights' view of images, at the size and channels this model was built for
         self.data_config = resolve_model_data_config(self.model)
         self.data_config["input_size"] = get_model_input_config(self.model)["input_size"]
+        self.untouched: list[str] | None = None  # what init_from has no weights for
         if init_from is not None:
-            self.load_weights(init_from)
+            self.untouched = self.load_weights(init_from)
+        if grad_checkpointing:
+            self.checkpoint_gradients(model)
+        self.frozen: list[nn.Parameter] = []
+        if linear_probe:
+            for parameter in self.trunk(connections=True):
+                parameter.requires_grad_(False)
+
+    def checkpoint_gradients(self, name: str) -> None:
+        try:
+            self.model.set_grad_checkpointing()  # type: ignore[operator]
+        except (AttributeError, AssertionError) as error:
+            raise ValueError(f"grad_checkpointing does not work with {name}: timm has none for it") from error
+
+    def trunk(self, connections: bool = False) -> list[nn.Parameter]:
+        """What is not the head, with or without the connections.
+
+        Raises:
+            ValueError: timm does not say what the head is.
+        """
+        if not self.head_names:
+            raise ValueError(f"timm does not say which part of {self.hparams['model']} is the head")
+        own = set() if connections else {id(parameter) for parameter in connection_parameters(self.model)}
+        parameters = self.model.named_parameters()
+        return [p for name, p in parameters if not name.startswith(self.head_names) and id(p) not in own]
+
+    def on_train_start(self) -> None:
+        """Begin where the run was stopped."""
+        if isinstance(self.data, ImageData):
+            self.data.skip_batches(self.batches_done)
+        self.batches_done = 0
+        self.hold_still()
+
+    def on_train_epoch_start(self) -> None:
+        self.hold_still()
+
+    def hold_still(self) -> None:
+        """Hold still what this epoch does not train."""
+        if self.hparams["linear_probe"]:
+            self.model.eval()
+        if self.hparams["freeze_epochs"]:
+            freezing = self.current_epoch < self.hparams["freeze_epochs"]
+            self.frozen = self.trunk() if freezing else []
+            if self.trainer.world_size == 1:  # DDP would not share gradients of what was frozen when it began
+                for parameter in self.trunk():
+                    parameter.requires_grad_(not freezing)
 
     def check_model(self, name: str) -> None:
         """Raise ValueError when the model is of another task."""
@@ -141,6 +200,9 @@ class TimmModule(pl.LightningModule):
             raise ValueError(
                 f"num_classes must be {data.num_classes}, as in the data, got {self.hparams['num_classes']}"
             )
+        multi_label = self.hparams.get("multi_label", False)
+        if data.multi_label != multi_label:
+            raise ValueError(f"multi_label must be {data.multi_label}, as in the data, got {multi_label}")
 
     @property
     def data(self) -> Any:
@@ -163,6 +225,8 @@ class TimmModule(pl.LightningModule):
         Raises:
             ValueError: it is one more than ``skip_nonfinite``; says the step, the rate and the last checkpoint.
         """
+        for parameter in self.frozen:
+            parameter.grad = None
         values = [self.last_loss]
         if self.trainer.precision != "16-mixed":  # there the scaler leaves out what overflows
             values.append(nn.utils.get_total_norm([p.grad for p in self.parameters() if p.grad is not None]))
@@ -173,15 +237,18 @@ class TimmModule(pl.LightningModule):
         rate = max(group["lr"] for group in optimizer.param_groups)
         where = f"the {what} is not finite at step {self.global_step} (epoch {self.current_epoch}, lr {rate:.3g})"
         if self.skipped > self.hparams["skip_nonfinite"]:
-            kept = [c.last_model_path or c.best_model_path for c in self.trainer.checkpoint_callbacks]  # type: ignore[attr-defined]
-            last = max(filter(os.path.isfile, kept), key=os.path.getmtime, default="none yet")
+            kept = [c for c in self.trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
+            paths = [c.last_model_path or c.best_model_path for c in kept]
+            last = max(filter(os.path.isfile, paths), key=os.path.getmtime, default="none yet")
             raise ValueError(f"{where}; last good checkpoint: {last}. A smaller lr or gradient clipping may help")
         warnings.warn(f"{where}; this update is left out", stacklevel=2)
         for parameter in self.parameters():
             parameter.grad = None
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add how the images were prepared and what the classes are called."""
+        """Add how the images were prepared, what the classes are called, and where in the epoch this is."""
+        progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress
+        checkpoint["batches_done"] = 0 if progress.is_last_batch else progress.current.processed
         if isinstance(self.data, ImageData):
             config = {key: list(v) if isinstance(v, tuple) else v for key, v in self.data.data_config().items()}
             checkpoint["data_config"], checkpoint["class_names"] = config, self.data.class_names
@@ -235,16 +302,17 @@ class TimmModule(pl.LightningModule):
         head: Any = self.model.pretrained_cfg["classifier"]  # type: ignore[index]
         return tuple(f"{name}." for name in ([head] if isinstance(head, str) else head or []))
 
-    def load_weights(self, path: str) -> list[str]:
-        """Load the weights of a file into the model; what is missing beside connections and head is an error.
+    def load_weights(self, source: str) -> list[str]:
+        """Load weights into the model; what is missing beside connections and head is an error.
+
+        Args:
+            source: as ``init_from``.
 
         Returns:
             Names of parameters that keep their initial values: the connections of a residual
             checkpoint, the head of one with other classes.
         """
-        if not path.endswith(".safetensors"):
-            read_checkpoint(path)
-        state = averaged_weights(path) or load_state_dict(path, use_ema=True)
+        state = self.read_weights(find_weights(source)) if not is_remote(source) else download_weights(source)
         if any(name.startswith("model.") for name in state):
             state = {name.removeprefix("model."): value for name, value in state.items() if name.startswith("model.")}
         given = set(state)
@@ -255,12 +323,21 @@ class TimmModule(pl.LightningModule):
             del state[name]
         difference = compare_states(own, state, ignore=heads)
         if difference:
-            raise ValueError(f"the weights in {path} are of another architecture: {difference}")
+            raise ValueError(f"the weights in {source} are of another architecture: {difference}")
         self.model.load_state_dict(state, strict=False)
         return sorted(set(own) - given | (set(own) - set(state)))
 
+    def read_weights(self, path: Path) -> dict[str, Tensor]:
+        """The weights in a file, averaged if it has such. A checkpoint of ours also says how images are prepared."""
+        if path.suffix != ".safetensors":
+            config = read_checkpoint(path).get("data_config", {})
+            if "mean" in config and len(config["mean"]) == self.data_config["input_size"][0]:
+                self.data_config |= {key: value for key, value in config.items() if key != "input_size"}
+        return averaged_weights(str(path)) or load_state_dict(str(path), use_ema=True)
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Raise ValueError when the checkpoint is of another architecture."""
+        self.batches_done = checkpoint.get("batches_done", 0)
         theirs = checkpoint.get("hyper_parameters", {})
         for name in self.identity:
             if name in theirs and theirs[name] != self.hparams[name]:
@@ -282,13 +359,12 @@ class ImageClassifier(TimmModule):
         mixup: alpha of mixup; 0 turns it off.
         cutmix: alpha of cutmix; 0 turns it off.
         mixup_prob: probability of either, per batch.
+        multi_label: any number of labels per image: a sigmoid each, mean average precision instead of accuracy.
         **kwargs: the arguments of ``TimmModule``: connection, num_classes, lr, ...
 
     Raises:
         ValueError: an unknown model, optimizer or schedule, with the nearest names.
     """
-
-    monitor = ("val_top1", "max")
 
     def __init__(
         self,
@@ -298,9 +374,13 @@ class ImageClassifier(TimmModule):
         mixup: float = 0.0,
         cutmix: float = 0.0,
         mixup_prob: float = 1.0,
+        multi_label: bool = False,
         **kwargs: Any,
     ):
+        if multi_label and (label_smoothing or mixup or cutmix):
+            raise ValueError("label_smoothing, mixup and cutmix are for one label per image, not for multi_label")
         super().__init__(model, **kwargs)
+        self.monitor = ("val_map", "max") if multi_label else ("val_top1", "max")
         classes = self.hparams["num_classes"]
         self.mixup = None
         if mixup > 0 or cutmix > 0:
@@ -311,11 +391,16 @@ class ImageClassifier(TimmModule):
                 label_smoothing=label_smoothing,
                 num_classes=classes,
             )
-        self.loss = SoftTargetCrossEntropy() if self.mixup else nn.CrossEntropyLoss(label_smoothing=label_smoothing)
-        accuracy = {f"top{k}": MulticlassAccuracy(classes, top_k=k, average="micro") for k in (1, 5) if k <= classes}
-        self.train_top1 = MulticlassAccuracy(classes, average="micro")
-        self.val_metrics = MetricCollection(dict(accuracy), prefix="val_")
-        self.test_metrics = MetricCollection(dict(accuracy), prefix="test_").clone()
+        self.plain_loss: nn.Module = nn.BCEWithLogitsLoss() if multi_label else nn.CrossEntropyLoss()
+        smooth = nn.CrossEntropyLoss(label_smoothing=label_smoothing) if label_smoothing else self.plain_loss
+        self.loss = SoftTargetCrossEntropy() if self.mixup else smooth
+        scores: dict[str, Any] = {"map": MultilabelAveragePrecision(classes), "f1": MultilabelF1Score(classes)}
+        if not multi_label:
+            scores = {f"top{k}": MulticlassAccuracy(classes, top_k=k, average="micro") for k in (1, 5) if k <= classes}
+            scores["macro"] = MulticlassAccuracy(classes, average="macro")  # the mean over classes
+            self.train_top1 = MulticlassAccuracy(classes, average="micro")
+        self.val_metrics = MetricCollection(scores, prefix="val_")
+        self.test_metrics = self.val_metrics.clone(prefix="test_")
         self.val_loss, self.test_loss = MeanMetric(), MeanMetric()
 
     def check_model(self, name: str) -> None:
@@ -334,7 +419,7 @@ class ImageClassifier(TimmModule):
         return self.model(images)
 
     def batch_loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:
-        return nn.functional.cross_entropy(self(batch[0]), batch[1])
+        return self.plain_loss(self(batch[0]), batch[1])
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor | None:
         images, targets = batch
@@ -344,36 +429,44 @@ class ImageClassifier(TimmModule):
             images, mixed = self.mixup(images, targets)
             loss = self.loss(self(images), mixed)
         elif self.mixup is not None:  # a bad image was left out
-            loss = nn.functional.cross_entropy(self(images), targets)
+            loss = self.plain_loss(self(images), targets)
         else:
             logits = self(images)
             loss = self.loss(logits, targets)
-            self.train_top1(logits, targets)
-            self.log("train_top1", self.train_top1, on_step=False, on_epoch=True)
+            if not self.hparams["multi_label"]:
+                self.train_top1(logits, targets)
+                self.log("train_top1", self.train_top1, on_step=False, on_epoch=True)
         self.last_loss = loss.detach()
         self.log("loss", loss, on_step=True, prog_bar=True)
         self.log("train_loss", loss, on_step=False, on_epoch=True, batch_size=len(images), sync_dist=True)
         return loss
 
-    def _evaluate(self, batch: tuple[Tensor, Tensor], metrics: MetricCollection, mean_loss: MeanMetric, stage: str):
+    def probabilities(self, logits: Tensor) -> Tensor:
+        return logits.float().sigmoid() if self.hparams["multi_label"] else logits.float().softmax(-1)
+
+    def _evaluate(
+        self, batch: tuple[Tensor, Tensor], metrics: MetricCollection, mean_loss: MeanMetric, stage: str
+    ) -> tuple[Tensor, Tensor] | None:
         images, targets = batch
         if len(images) == 0:
-            return
+            return None
         logits = self(images).float()
-        metrics.update(logits, targets)
-        mean_loss.update(nn.functional.cross_entropy(logits, targets), weight=len(targets))
+        metrics.update(logits.sigmoid() if self.hparams["multi_label"] else logits, targets.long())
+        mean_loss.update(self.plain_loss(logits, targets), weight=len(targets))
         self.log_dict(dict(metrics.items()), on_step=False, on_epoch=True, batch_size=len(targets))
         self.log(f"{stage}_loss", mean_loss, on_step=False, on_epoch=True, batch_size=len(targets))
+        return logits, targets
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         self._evaluate(batch, self.val_metrics, self.val_loss, "val")
 
-    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        self._evaluate(batch, self.test_metrics, self.test_loss, "test")
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Any:
+        """Logits and targets, for who reports more about the classes."""
+        return self._evaluate(batch, self.test_metrics, self.test_loss, "test")
 
     def predict_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        """Class probabilities, (B, num_classes)."""
-        return self(batch[0]).float().softmax(-1)
+        """Probabilities of the classes, (B, num_classes)."""
+        return self.probabilities(self(batch[0]))
 
 
 class ImageGenerator(TimmModule):
@@ -583,9 +676,46 @@ class ImageGenerator(TimmModule):
                 logger.log_image("samples", [picture], step=self.global_step)
 
 
+def is_remote(source: str) -> bool:
+    return source.startswith("hf-hub:")
+
+
+def find_weights(source: str) -> Path:
+    """The file of weights that ``init_from`` names.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    path = Path(source)
+    if path.is_dir():
+        found = [file for file in (best_checkpoint(path), path / "model.safetensors") if file and file.is_file()]
+        if not found:
+            raise FileNotFoundError(f"there are no weights in {path}: neither a run's nor an exported model's folder")
+        return found[0]
+    if not path.is_file() and not is_remote(source):
+        raise FileNotFoundError(f"there is no file {source} to take weights from")
+    return path
+
+
+def download_weights(source: str) -> dict[str, Tensor]:
+    """The weights of a repository of the Hugging Face hub.
+
+    Raises:
+        ValueError: they cannot be had.
+    """
+    try:
+        return load_state_dict_from_hf(source.removeprefix("hf-hub:"), weights_only=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ValueError(f"no weights from {source}: {str(error).splitlines()[0]}") from error
+
+
+def connection_parameters(model: nn.Module) -> list[nn.Parameter]:
+    return [p for module in model.modules() if isinstance(module, Connection) for p in module.parameters()]
+
+
 def scale_connections(optimizer: torch.optim.Optimizer, model: nn.Module, factor: float) -> None:
     """Give the parameters of connections groups of their own, whose ``lr_scale`` timm's schedules apply."""
-    own = {id(p) for module in model.modules() if isinstance(module, Connection) for p in module.parameters()}
+    own = {id(parameter) for parameter in connection_parameters(model)}
     for group in list(optimizer.param_groups):
         parameters = group["params"]
         group["params"] = [p for p in parameters if id(p) not in own]

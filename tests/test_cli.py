@@ -17,9 +17,9 @@ import yaml
 from diffusers import AutoencoderKL
 
 import hcvision
-from hcvision.cli import main
 from hcvision.data import ImageData
 from hcvision.sampling import read_samples
+from hcvision_command import main
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted(ROOT.glob("configs/**/*.yaml"))

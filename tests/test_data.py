@@ -8,7 +8,8 @@ import torch
 from PIL import Image
 
 from hcvision import data
-from hcvision.data import FASHION_FILES, BadImage, Batch, ImageData, find_fashion_mnist, posterize, split_by_class
+from hcvision.data import FASHION_FILES, ImageData, find_fashion_mnist
+from hcvision.images import BadImage, Batch, posterize, split_by_class
 
 
 def test_folder_gives_every_validation_image_once_in_order(image_folder):
@@ -168,7 +169,7 @@ def test_bad_batch_types_round_trip():
         ({"num_workers": -1}, "num_workers must be at least 0, got -1"),
         ({"val_fraction": 1.0}, "val_fraction must be between 0 and 1"),
         ({"train_samples": 0}, "train_samples must be at least 1"),
-        ({"dataset": "mnist1d"}, "dataset must be one of folder, fashion_mnist, cifar10"),
+        ({"dataset": "mnist1d"}, "dataset must be one of folder, csv, fashion_mnist, cifar10"),
         ({"dataset": "hfds/uoft-cs/cifar10"}, "num_classes must be given"),
         ({"num_classes": 4}, "num_classes must be 3"),
     ],

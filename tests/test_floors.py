@@ -16,10 +16,12 @@ FLOORS = (
     {"convert"},
     {"vit", "dit"},
     {"__init__"},  # the public names; who imports the package itself stands above them
-    {"diffusion", "data"},
+    {"diffusion", "images", "streaming"},
+    {"data"},
     {"runs"},
     {"latents", "sampling"},
     {"training"},
+    {"evaluation", "prediction", "benchmark"},
     {"scoring"},
     {"study", "insight", "export"},
     {"cli"},

@@ -1,8 +1,10 @@
+import csv
 import itertools
 import math
 import os
 import pickle
 import re
+import signal
 import subprocess
 import sys
 
@@ -593,7 +595,7 @@ from hcvision.training import ImageClassifier
 from pathlib import Path
 
 quieten()
-root, out, kills = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
+root, out, kills, how, workers = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]), int(sys.argv[5])
 model = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3, "drop_path_rate": 0.2}
 
 
@@ -604,7 +606,7 @@ def train(pipe):
 
     torch.set_num_threads(1)
     pl.seed_everything(3, workers=True, verbose=False)
-    data = ImageData(root=root, batch_size=8, num_workers=0, auto_augment="rand-m9-mstd0.5-inc1", seed=3)
+    data = ImageData(root=root, batch_size=8, num_workers=workers, auto_augment="rand-m9-mstd0.5-inc1", seed=3)
     module = ImageClassifier(
         "vit_tiny_patch16_224", connection="dhc2", num_classes=3, model_args={**model, "proj_drop_rate": 0.1},
         lr=1e-3, warmup_steps=5, mixup=0.8, cutmix=1.0, ema_decay=0.9,
@@ -630,27 +632,52 @@ for number in range(kills + 1):
             if not os.read(read, 1):
                 sys.exit("it ended before it could be killed")
         time.sleep(random.random() / 20)
-        os.kill(child, signal.SIGKILL)
+        os.kill(child, how)
     _, status = os.waitpid(child, 0)
     os.close(read)
-    assert number < kills or status == 0, status
+    code = 0 if number == kills else -how if how == signal.SIGKILL else 128 + how
+    assert os.waitstatus_to_exitcode(status) == code, status
 """
 
 
-def test_a_run_that_is_killed_again_and_again_ends_with_the_same_weights(image_folder, tmp_path):
-    """kill -9 at twenty random moments: augmentation, mixup, dropout, schedule, optimizer and average go on."""
-    states = []
-    for kills in (0, 20):
-        out = tmp_path / f"killed{kills}"
-        done = subprocess.run(
-            [sys.executable, "-W", "ignore", "-c", DRIVER, str(image_folder), str(out), str(kills)],
-            capture_output=True,
-            text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
-        states.append(read_checkpoint(out / "checkpoints" / "last.ckpt"))
+def drive(root, out, kills, how=signal.SIGKILL, workers=0):
+    """The last checkpoint of a training that was hit by so many signals, and what it printed."""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", DRIVER, *map(str, (root, out, kills, int(how), workers))],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return read_checkpoint(out / "checkpoints" / "last.ckpt"), done.stderr
+
+
+@pytest.fixture(scope="module")
+def undisturbed(image_folder, tmp_path_factory):
+    return drive(image_folder, tmp_path_factory.mktemp("undisturbed") / "run", 0)[0]
+
+
+def same_run(a, b):
     for key in ("state_dict", "current_model_state"):
-        assert states[0][key].keys() == states[1][key].keys()
-        assert all(torch.equal(states[0][key][name], states[1][key][name]) for name in states[0][key]), key
-    assert states[0]["global_step"] == states[1]["global_step"] == 144
+        assert a[key].keys() == b[key].keys()
+        assert all(torch.equal(a[key][name], b[key][name]) for name in a[key]), key
+    assert a["global_step"] == b["global_step"] == 144
+
+
+def test_a_run_that_is_killed_again_and_again_ends_with_the_same_weights(image_folder, tmp_path, undisturbed):
+    """kill -9 at twenty random moments: augmentation, mixup, dropout, schedule, optimizer and average go on."""
+    same_run(undisturbed, drive(image_folder, tmp_path / "run", 20)[0])
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_a_run_that_is_stopped_goes_on_in_the_middle_of_an_epoch(image_folder, tmp_path, undisturbed, how):
+    """Ctrl-C: the step it is in is finished and kept, no step is done twice, and a loading process changes nothing."""
+    state, shown = drive(image_folder, tmp_path / "run", 8, how, workers=1)
+    same_run(undisturbed, state)
+    assert shown.count("stopping after this step") == 8
+    steps = [int(row["step"]) for path in metrics_files(tmp_path / "run") for row in read_rows(path) if row["val_loss"]]
+    assert steps == list(range(8, 144, 9))  # each epoch was validated once
+
+
+def read_rows(path):
+    return list(csv.DictReader(path.read_text().splitlines()))

@@ -1,0 +1,153 @@
+"""What a classifier gets right and wrong, class by class: a table and a picture of the confusion matrix."""
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+from torchmetrics import MetricCollection
+from torchmetrics.classification import (
+    MulticlassConfusionMatrix,
+    MultilabelAveragePrecision,
+    MultilabelF1Score,
+    MultilabelPrecision,
+    MultilabelRecall,
+)
+
+SHOWN = 20  # classes of the table that is printed
+
+
+class ClassReport(pl.Callback):
+    """After a test: ``classes.csv`` in a folder; ``confusion.csv`` and ``confusion.png`` for one label per image.
+
+    Prints the classes with the lowest score.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        classes, multi_label = pl_module.hparams["num_classes"], pl_module.hparams["multi_label"]
+        each: dict[str, Any] = {"num_labels": classes, "average": "none"}
+        scores: dict[str, Any] = {"confusion": MulticlassConfusionMatrix(classes)}
+        if multi_label:
+            scores = {
+                "average precision": MultilabelAveragePrecision(**each),
+                "precision": MultilabelPrecision(**each),
+                "recall": MultilabelRecall(**each),
+                "f1": MultilabelF1Score(**each),
+            }
+        self.metrics = MetricCollection(scores, compute_groups=False).to(pl_module.device)
+        self.count = torch.zeros(classes, device=pl_module.device)
+
+    def on_test_batch_end(self, trainer, pl_module, outputs: Any, batch: Any, batch_idx, dataloader_idx=0) -> None:
+        if outputs is None:
+            return
+        logits, targets = outputs
+        if pl_module.hparams["multi_label"]:
+            self.metrics.update(logits.sigmoid(), targets.long())
+            self.count += targets.sum(0)
+        else:
+            self.metrics.update(logits, targets)
+
+    def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        scores = self.metrics.compute()
+        count = trainer.strategy.reduce(self.count, reduce_op="sum")
+        if not trainer.is_global_zero:
+            return
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        names = data.class_names or [str(number) for number in range(len(self.count))]
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if "confusion" in scores:
+            matrix = scores["confusion"].cpu()
+            rows = count_confusions(matrix, names)
+            write_rows(
+                self.folder / "confusion.csv",
+                [
+                    dict(zip(["class", *names], [name, *line], strict=True))
+                    for name, line in zip(names, matrix.tolist(), strict=True)
+                ],
+            )
+            draw_confusion(matrix, names).savefig(self.folder / "confusion.png", dpi=150)
+        else:
+            values = {name: value.tolist() for name, value in scores.items()}
+            rows = [
+                {"class": name, "images": int(count[number])} | {key: value[number] for key, value in values.items()}
+                for number, name in enumerate(names)
+            ]
+        write_rows(self.folder / "classes.csv", rows)
+        print("\n".join(["", *lowest(rows), "", f"the classes are in {self.folder}"]))
+
+
+def count_confusions(matrix: Tensor, names: list[str]) -> list[dict[str, Any]]:
+    """Per class: images, accuracy (its recall), precision, F1, and the class it is taken for most often.
+
+    Args:
+        matrix: (K, K), images of the row's class that were taken for the column's.
+        names: of the K classes.
+    """
+    right, images, taken = matrix.diagonal().double(), matrix.sum(1), matrix.sum(0)
+    wrong = matrix.clone().fill_diagonal_(0)
+    most, which = wrong.max(1)
+    accuracy, precision = right / images, right / taken
+    f1 = 2 * right / (images + taken)
+    return [
+        {
+            "class": name, "images": int(images[k]), "accuracy": float(accuracy[k]), "precision": float(precision[k]),
+            "f1": float(f1[k]), "taken for": names[which[k]] if most[k] else "", "times": int(most[k]),
+        }
+        for k, name in enumerate(names)
+    ]  # fmt: skip
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    with path.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows({k: f"{v:.4f}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+
+
+def lowest(rows: list[dict[str, Any]]) -> list[str]:
+    """The classes with the lowest score (the third column) as a Markdown table."""
+    columns = list(rows[0])
+    worst = sorted(rows, key=lambda row: (row[columns[2]] == row[columns[2]], row[columns[2]]))[:SHOWN]  # nan first
+    cells = [[show(value) for value in row.values()] for row in worst]
+    widths = [max(map(len, column)) for column in zip(columns, *cells, strict=True)]
+    lines = [columns, ["-" * width for width in widths], *cells]
+    table = [f"| {' | '.join(cell.ljust(width) for cell, width in zip(line, widths, strict=True))} |" for line in lines]
+    return table + [f"the lowest {SHOWN} of {len(rows)} classes"] * (len(rows) > SHOWN)
+
+
+def show(value: Any) -> str:
+    if isinstance(value, float):
+        return "-" if value != value else f"{100 * value:.1f} %"
+    return str(value) if str(value).isprintable() else repr(value)
+
+
+def draw_confusion(matrix: Tensor, names: list[str]) -> Figure:
+    """Rows are the true classes, colours the share of their images; up to 40 classes are named, up to 15 counted."""
+    classes = len(names)
+    size = min(max(4.5, 0.42 * classes + 2), 14)
+    figure = Figure(figsize=(size, size), layout="constrained")
+    axes = figure.subplots()
+    share = matrix.double() / matrix.sum(1, keepdim=True).clamp(min=1)
+    picture = axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
+    axes.set_xlabel("predicted class")
+    axes.set_ylabel("true class")
+    if classes <= 40:
+        labels = [name if len(name) <= 24 else f"{name[:22]}…" for name in map(show, names)]
+        axes.set_xticks(range(classes), labels, rotation=45, ha="right", rotation_mode="anchor")
+        axes.set_yticks(range(classes), labels)
+    if classes <= 15:
+        for row in range(classes):
+            for column in range(classes):
+                if matrix[row, column]:
+                    color = "white" if share[row, column] > 0.5 else "black"
+                    axes.text(
+                        column, row, f"{int(matrix[row, column])}", ha="center", va="center", color=color, fontsize=8
+                    )
+    figure.colorbar(picture, ax=axes, shrink=0.7, label="share of the true class's images")
+    return figure
