@@ -18,7 +18,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from hcvision.data import ImageData
-from hcvision.runs import keep_metrics, metrics_files, read_checkpoint
+from hcvision.runs import equip, keep_metrics, metrics_files, read_checkpoint
 from hcvision.sampling import Sampling, enlarge, grid
 from hcvision.training import ImageClassifier, ImageGenerator, check_name
 
@@ -681,3 +681,197 @@ def test_a_run_that_is_stopped_goes_on_in_the_middle_of_an_epoch(image_folder, t
 
 def read_rows(path):
     return list(csv.DictReader(path.read_text().splitlines()))
+
+
+def weights_of(model):
+    return {name: value.clone() for name, value in model.model.state_dict().items()}
+
+
+def moved(model, before):
+    """Names of the parameters that training changed."""
+    return {name for name, value in model.model.state_dict().items() if not torch.equal(value, before[name])}
+
+
+def test_a_frozen_trunk_thaws(build, fit):
+    """One epoch of head and connections, then all."""
+    model = build(connection="dhc2", lr=1e-3, freeze_epochs=1)
+    before = weights_of(model)
+    states = []
+
+    class Watch(pl.Callback):
+        def on_train_epoch_end(self, trainer, pl_module):
+            states.append(moved(pl_module, before))
+
+    fit(model, callbacks=[Watch()])
+    fresh = {name for name in before if name.startswith("head.") or ".connection" in name}
+    assert states[0] == fresh
+    assert states[1] == set(before)
+
+
+def test_gradients_of_what_is_frozen_are_dropped(build, fit):
+    """Where several processes share gradients the trunk keeps its own, which must not move it."""
+    model = build(connection="dhc2", lr=1e-3, freeze_epochs=1)
+    before = weights_of(model)
+
+    class Thaw(pl.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            pl_module.requires_grad_(True)
+
+    fit(model, 1, callbacks=[Thaw()])
+    assert moved(model, before) == {name for name in before if name.startswith("head.") or ".connection" in name}
+
+
+@pytest.mark.parametrize("connection", ["residual", "dhc2"])
+def test_a_linear_probe_trains_the_head_alone(build, fit, connection):
+    model = build(connection=connection, lr=1e-3, linear_probe=True, model_args={**model_args(), "drop_path_rate": 0.5})
+    before = weights_of(model)
+    modes = []
+
+    class Watch(pl.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            modes.append(pl_module.model.training)
+
+    fit(model, callbacks=[Watch()])
+    assert moved(model, before) == {"head.weight", "head.bias"}
+    assert not any(modes)
+
+
+def model_args():
+    return {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3}
+
+
+def test_freezing_arguments(build):
+    with pytest.raises(ValueError, match="freeze_epochs must be at least 0, and 0 with linear_probe, got 2 and True"):
+        build(freeze_epochs=2, linear_probe=True)
+    with pytest.raises(ValueError, match="grad_checkpointing does not work with inception_v4"):
+        build("inception_v4", grad_checkpointing=True, model_args={})
+
+
+def test_gradient_checkpointing_changes_memory_and_nothing_else(build, images):
+    gradients = []
+    for on in (False, True):
+        torch.manual_seed(0)
+        model = build(connection="dhc2", grad_checkpointing=on)
+        assert model.model.grad_checkpointing is on
+        data = images(img_size=32)
+        batch = data.on_before_batch_transfer(next(iter(data.val_dataloader())), 0)
+        model.batch_loss(batch).backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("kind", ["run", "checkpoint", "hub folder"])
+def test_weights_from_an_earlier_run(build, fit, images, tmp_path, kind):
+    """Also how its images were prepared, where it says."""
+    first = build(connection="dhc2", lr=1e-3)
+    randomize(first.model)
+    run = tmp_path / "run"
+    callbacks = equip(run, {"logger": False, "enable_progress_bar": False})["callbacks"]
+    fit(first, 1, images(mean=[0.1, 0.2, 0.3], std=[0.4] * 3), enable_checkpointing=True, callbacks=callbacks)
+    source = {"run": run, "checkpoint": run / "checkpoints" / "last.ckpt", "hub folder": tmp_path / "hub"}[kind]
+    if kind == "hub folder":
+        timm.models.save_for_hf(first.model, source, safe_serialization=True)
+    second = build(connection="dhc2", num_classes=5, init_from=str(source))
+    assert second.untouched == ["head.bias", "head.weight"]
+    for name, value in weights_of(first).items():
+        if not name.startswith("head."):
+            assert torch.equal(second.model.state_dict()[name], value), name
+    assert list(second.data_config["mean"]) == ([0.5] * 3 if kind == "hub folder" else [0.1, 0.2, 0.3])
+    assert second.data_config["input_size"] == (3, 32, 32)
+
+
+def test_pretrained_gives_way_to_init_from(build, tmp_path):
+    """No network is needed for weights that are not used."""
+    timm.models.save_for_hf(build(connection="dhc2").model, tmp_path / "hub", safe_serialization=True)
+    name = "vit_tiny_patch16_224.augreg_in21k_ft_in1k"
+    model = build(name, connection="dhc2", pretrained=True, init_from=str(tmp_path / "hub"))
+    assert model.untouched == []
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("nothing.ckpt", "there is no file nothing.ckpt to take weights from"),
+        (".", "there are no weights in .: neither a run's nor an exported model's folder"),
+        ("hf-hub:nobody/nothing", "no weights from hf-hub:nobody/nothing"),
+    ],
+)
+def test_no_weights(build, tmp_path, monkeypatch, source, message):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises((ValueError, OSError), match=message):
+        build(init_from=source)
+
+
+@pytest.fixture
+def labelled(image_folder, tmp_path):
+    """A table of the images with two labels: what is missing in the picture's name, and whether its number is even."""
+    rows = ["file,label,split"]
+    for path in sorted(image_folder.glob("*/*/*.png")):
+        labels = [path.parent.name] + ["even"] * (int(path.stem) % 2 == 0)
+        labels = labels if path.stem != "003" else []
+        rows.append(f"{path},{'|'.join(labels)},{path.parent.parent.name}")
+    (tmp_path / "table.csv").write_text("\n".join(rows))
+    return tmp_path / "table.csv"
+
+
+def test_several_labels_an_image(build, fit, labelled):
+    """The loss is a sigmoid's for each label, and the metrics are those of the definitions."""
+    data = ImageData(
+        "csv", root=str(labelled), multi_label=True, label_separator="|", batch_size=8, num_workers=0, no_aug=True
+    )
+    assert data.class_names == ["even", "left-out", "müller straße", "zebra"]
+    model = build(num_classes=4, multi_label=True, connection="dhc2", lr=2e-3)
+    trainer = fit(model, 3, data, num_sanity_val_steps=0)
+    batches = [data.on_before_batch_transfer(batch, 0) for batch in data.val_dataloader()]
+    images, targets = (torch.cat(part) for part in zip(*batches, strict=True))
+    assert targets.shape == (39, 4)
+    assert targets.sum() == 13 * 3 + 7 * 3 - 3
+    with torch.no_grad():
+        logits = model.eval()(images)
+        probabilities = model.predict_step((images, targets), 0)
+    torch.testing.assert_close(probabilities, 1 / (1 + torch.exp(-logits)))
+    loss = -(targets * probabilities.log() + (1 - targets) * (1 - probabilities).log()).mean()
+    metrics = trainer.callback_metrics
+    torch.testing.assert_close(metrics["val_loss"], loss, rtol=1e-5, atol=0)
+    precisions, scores = [], []
+    for true, score in zip(targets.T.bool(), probabilities.T, strict=True):
+        ranked = true[score.argsort(descending=True)].double()
+        precisions.append(float((ranked.cumsum(0) / torch.arange(1, 40) * ranked).sum() / ranked.sum()))
+        right = (true & (score > 0.5)).sum()
+        scores.append(float(2 * right / (true.sum() + (score > 0.5).sum())))
+    assert metrics["val_map"].item() == pytest.approx(sum(precisions) / 4)
+    assert metrics["val_f1"].item() == pytest.approx(sum(scores) / 4)
+    assert model.monitor == ("val_map", "max")
+    assert metrics["val_map"] > 0.7
+
+
+def test_several_labels_and_what_needs_one(build, fit, images):
+    with pytest.raises(ValueError, match="label_smoothing, mixup and cutmix are for one label per image"):
+        build(multi_label=True, mixup=0.5)
+    with pytest.raises(ValueError, match="multi_label must be False, as in the data, got True"):
+        fit(build(multi_label=True))
+
+
+def test_macro_accuracy_is_the_mean_over_classes(build, trainer_args, image_folder, tmp_path):
+    """On classes of 2, 6 and 13 images it differs from top-1."""
+    rows = ["file,label,split"]
+    for label, count in (("left-out", 2), ("müller straße", 6), ("zebra", 13)):
+        for split in ("train", "val"):
+            files = sorted((image_folder / split / label).glob("*.png"))[:count]
+            rows += [f"{path},{label},{split}" for path in files]
+    (tmp_path / "table.csv").write_text("\n".join(rows))
+    data = ImageData("csv", root=str(tmp_path / "table.csv"), batch_size=8, num_workers=0, no_aug=True)
+    model = build()
+    randomize(model.model)
+    trainer = pl.Trainer(**trainer_args)
+    trainer.validate(model, data)
+    predicted, targets = [], []
+    for batch in data.val_dataloader():
+        predicted.append(model.eval()(batch.images).argmax(1))
+        targets.append(batch.targets)
+    predicted, targets = torch.cat(predicted), torch.cat(targets)
+    recalls = [(predicted[targets == k] == k).float().mean().item() for k in range(3)]
+    assert trainer.callback_metrics["val_macro"].item() == pytest.approx(sum(recalls) / 3)
+    assert trainer.callback_metrics["val_top1"].item() == pytest.approx((predicted == targets).float().mean().item())
+    assert trainer.callback_metrics["val_macro"] != trainer.callback_metrics["val_top1"]
