@@ -127,6 +127,11 @@ def show(value: Any) -> str:
     return str(value) if str(value).isprintable() else repr(value)
 
 
+def plain(name: str) -> str:
+    """A name that matplotlib shows as it is: no formulas, and no signs that its font lacks."""
+    return show("".join(c if ord(c) < 0x250 else "?" for c in name)).replace("$", r"\$")
+
+
 def draw_confusion(matrix: Tensor, names: list[str]) -> Figure:
     """Rows are the true classes, colours the share of their images; up to 40 classes are named, up to 15 counted."""
     classes = len(names)
@@ -134,11 +139,11 @@ def draw_confusion(matrix: Tensor, names: list[str]) -> Figure:
     figure = Figure(figsize=(size, size), layout="constrained")
     axes = figure.subplots()
     share = matrix.double() / matrix.sum(1, keepdim=True).clamp(min=1)
-    picture = axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
+    picture = axes.imshow(share.numpy(), cmap="Blues", vmin=0, vmax=1)
     axes.set_xlabel("predicted class")
     axes.set_ylabel("true class")
     if classes <= 40:
-        labels = [name if len(name) <= 24 else f"{name[:22]}…" for name in map(show, names)]
+        labels = [name if len(name) <= 24 else f"{name[:22]}…" for name in map(plain, names)]
         axes.set_xticks(range(classes), labels, rotation=45, ha="right", rotation_mode="anchor")
         axes.set_yticks(range(classes), labels)
     if classes <= 15:

@@ -257,3 +257,84 @@ def test_an_image_that_cannot_be_transformed_is_not_called_unreadable(image_fold
     (bad, *_) = next(iter(loader)).bad
     assert str(bad).startswith(f"cannot transform image {image_folder}")
     assert str(bad).endswith(": no way")
+
+
+def write_tables(image_folder, root, layout):
+    """The images of image_folder as tables: one with a column split, one without, or one per split."""
+    root.mkdir(exist_ok=True)
+    rows = {s: [(p, p.parent.name) for p in sorted((image_folder / s).glob("*/*.png"))] for s in ("train", "val")}
+    rows["test"] = rows["val"][:5]
+    if layout == "a file per split":
+        for split, lines in rows.items():
+            (root / f"{split}.csv").write_text("\n".join(["file,label", *(f"{p},{label}" for p, label in lines)]))
+        return root
+    head = "file,label" + ",split" * (layout == "a column")
+    lines = [f"{p},{label}" + f",{s}" * (layout == "a column") for s, part in rows.items() for p, label in part]
+    (root / "all.csv").write_text("\n".join([head, *lines]))
+    return root / "all.csv"
+
+
+@pytest.mark.parametrize("layout", ["a file per split", "a column"])
+def test_tables_give_what_folders_give(image_folder, tmp_path, layout):
+    kwargs = {"batch_size": 8, "num_workers": 0, "img_size": 32, "no_aug": True}
+    table = ImageData("csv", root=str(write_tables(image_folder, tmp_path / "t", layout)), **kwargs)
+    folder = ImageData(root=str(image_folder), **kwargs)
+    assert (table.class_names, table.num_classes) == (folder.class_names, 3)
+    for which in ("train_dataloader", "val_dataloader"):
+        for ours, theirs in zip(getattr(table, which)(), getattr(folder, which)(), strict=True):
+            assert torch.equal(ours.images, theirs.images)
+            assert torch.equal(ours.targets, theirs.targets)
+    assert sum(len(batch.targets) for batch in table.test_dataloader()) == 5
+
+
+def test_a_fraction_of_a_table(image_folder, tmp_path):
+    path = write_tables(image_folder, tmp_path / "t", "one")
+    data = ImageData("csv", root=str(path), val_fraction=0.25, batch_size=8)
+    train, val = (set(data.stages[stage][1]) for stage in ("train", "val"))
+    assert train | val == set(range(116))
+    assert not train & val
+    assert len(val) == 10 + 9 + 9  # a quarter of each class
+
+
+def test_wrong_tables(image_folder, tmp_path):
+    one = write_tables(image_folder, tmp_path / "t", "one")
+    with pytest.raises(
+        ValueError, match="must have a column split of train and val, got none, or val_fraction must say"
+    ):
+        ImageData("csv", root=str(one))
+    with pytest.raises(FileNotFoundError, match=r"there is no .*train.csv; .* must hold train.csv and val.csv"):
+        ImageData("csv", root=str(tmp_path / "t"))
+    with pytest.raises(
+        FileNotFoundError, match=r"there is no .*nowhere; data.root must be a CSV file or a folder of them"
+    ):
+        ImageData("csv", root=str(tmp_path / "nowhere"))
+    with pytest.raises(ValueError, match="multi_label needs a table of labels"):
+        ImageData(root=str(image_folder), multi_label=True)
+
+
+def test_an_epoch_that_begins_in_the_middle(image_folder):
+    """The rest of the same order, and whole epochs after it, whatever the number of workers."""
+
+    def targets(data, epochs, skip=0):
+        loader = data.train_dataloader()
+        data.skip_batches(skip)
+        batches = []
+        for epoch in range(epochs):
+            loader.sampler.set_epoch(epoch + 3)
+            batches += [batch.images for batch in loader]
+        return batches
+
+    whole, rest = (
+        targets(ImageData(root=str(image_folder), batch_size=8, num_workers=n, img_size=32), 2, skip)
+        for n, skip in ((0, 0), (1, 4))
+    )
+    assert (len(whole), len(rest)) == (18, 14)
+    assert all(torch.equal(a, b) for a, b in zip(whole[4:], rest, strict=True))
+
+
+def test_files_that_are_no_images_are_named(image_folder, tmp_path):
+    root = tmp_path / "images"
+    shutil.copytree(image_folder, root)
+    (root / "train" / "zebra" / "notes.txt").write_text("no image")
+    with pytest.warns(UserWarning, match=r"left out, no images by their names: 'notes.txt' \(1 in .*images\)"):
+        ImageData(root=str(root), batch_size=8)
