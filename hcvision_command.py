@@ -74,7 +74,7 @@ def names_of(group: str) -> set[str]:
     if path is None or not path.is_file():
         return set()  # the whole parser will say
     classes = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.ClassDef)]
-    return {name for node in classes if node.name in GROUPS[group] for name in arguments_of(node)}
+    return {name for node in classes if node.name in GROUPS[group] for name in arguments_of(node)} | {"help"}
 
 
 def arguments_of(node: ast.ClassDef) -> Iterator[str]:

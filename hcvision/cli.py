@@ -20,6 +20,7 @@ import timm
 import torch
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser
+from pytorch_lightning.callbacks import LambdaCallback
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from tqdm import tqdm
 
@@ -69,7 +70,7 @@ class OneLineErrors:
             known = {option for action in walk_actions(self) for option in action.option_strings}
             near = difflib.get_close_matches(unknown[1], known, n=2)
             lines += [f"did you mean {' or '.join(near)}?"] if near else []
-        fail("; ".join(line.strip() for line in lines))
+        fail("; ".join(line.strip() for line in lines).replace(":; ", ": "))
 
 
 def walk_actions(parser: Any) -> Iterator[argparse.Action]:
@@ -151,7 +152,8 @@ class CommandLine(LightningCLI):
             config["logger"] = False
             self.save_config_callback = None
         arguments = equip(self.run_folder, config.as_dict(), monitor=self.model.monitor)
-        config["callbacks"] = arguments.pop("callbacks")
+        config["callbacks"], config["plugins"] = arguments.pop("callbacks"), arguments.pop("plugins", None)
+        config["callbacks"].append(LambdaCallback(on_exception=self.remember_stage))
         if self.subcommand == "test" and self.task == "classify":
             config["callbacks"].append(ClassReport(self.run_folder / "test"))
         return super().instantiate_trainer(**arguments, **kwargs)
@@ -159,6 +161,7 @@ class CommandLine(LightningCLI):
     def before_fit(self) -> None:
         """The last checks, before anything is written."""
         self.model.check_data(self.datamodule)
+        self.datamodule.check_batch_size(self.trainer.world_size)
         if self.checkpoint is not None:
             self.model.on_load_checkpoint(read_checkpoint(self.checkpoint))
         if self.resuming:
@@ -182,13 +185,16 @@ class CommandLine(LightningCLI):
             last = f"the last good checkpoint is {kept}" if kept else "there is no checkpoint yet"
             raise OSError(f"cannot write into {self.run_folder}: {error.strerror}; {last}") from error
 
+    def remember_stage(self, trainer: pl.Trainer, *_: Any) -> None:
+        self.was_training = trainer.training
+
     def what_needs_less(self) -> str:
         """What to do when there is not enough memory for a batch."""
         config, trainer = self.config[self.subcommand], self.trainer
         data, model = config["data"], config["model"]
-        if self.subcommand != "fit" or not trainer.training:
+        if not self.was_training:
             size = data["eval_batch_size"] or data["batch_size"]
-            ways = [f"--data.eval_batch_size {max(size // 2, 1)}"]
+            ways = [f"--data.eval_batch_size {size // 2}"] if size > 1 else []
         else:
             size = data["batch_size"]
             more = f"--trainer.accumulate_grad_batches {2 * trainer.accumulate_grad_batches}"
@@ -196,7 +202,8 @@ class CommandLine(LightningCLI):
             ways += [] if model["grad_checkpointing"] else ["--model.grad_checkpointing true"]
         if str(config["trainer"]["precision"]) not in HALF_PRECISIONS:
             ways.append("--trainer.precision bf16-mixed")
-        where = f"{trainer.strategy.root_device}"
+        ways = ways or ["a smaller model", "smaller images (--data.img_size)"]
+        where = trainer.strategy.root_device
         return f"not enough memory on {where} for batches of {size}; any of these needs less: {', '.join(ways)}"
 
     def after_fit(self) -> None:
@@ -226,8 +233,8 @@ def find_task(arguments: list[str]) -> str:
         if task is None and Path(path).is_file():
             try:
                 content = yaml.safe_load(Path(path).read_text())
-            except yaml.YAMLError:
-                continue  # the command line says what is wrong with it
+            except yaml.YAMLError as error:
+                raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
             task = content.get("task") if isinstance(content, dict) else None
     if task not in (None, *TASKS):
         raise ValueError(f"task must be {' or '.join(TASKS)}, got {task!r}")
@@ -514,6 +521,7 @@ def quieten() -> None:
     warnings.filterwarnings("ignore", message=".*smaller than the logging interval.*")
     warnings.filterwarnings("ignore", message=".*exists and is not empty.*")
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+    warnings.filterwarnings("ignore", message=".*is not supported by the model summary.*")
     warnings.filterwarnings("ignore", message=".*loading a checkpoint outside the .fit. stage.*")  # the average itself
     warnings.filterwarnings("ignore", message=".*args parameter is intended to run from within Python.*")
     for name in ("pytorch_lightning.utilities.rank_zero", "lightning_fabric.utilities.seed"):

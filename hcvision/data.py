@@ -39,6 +39,7 @@ from hcvision.images import (
     read_table,
     split_by_class,
 )
+from hcvision.streaming import Lanes, Shards, check_labels, open_dataset
 
 FASHION_FILES = (
     "train-images-idx3-ubyte",
@@ -143,6 +144,16 @@ class EpochSampler(DistributedSampler):
         return ((self.epoch, index) for index in indices)
 
 
+class StreamedImages(Images):
+    """Images of shards, which have to be asked for in ascending order."""
+
+    base: Lanes
+
+    def __getitem__(self, index: int | tuple[int, int]) -> tuple[Tensor, int | Tensor] | BadImage:
+        self.base.epoch = index[0] if isinstance(index, tuple) else 0
+        return super().__getitem__(index)
+
+
 class Loader(DataLoader):
     """DataLoader that reads nothing until a batch is asked for: a run that goes on says only then where it was."""
 
@@ -165,7 +176,7 @@ class ImageData(pl.LightningDataModule):
             ``torch/...``).
         root: where the images are, or where torchvision downloads them to.
         file_column: of a CSV file: its column of image files, relative to the CSV file's folder.
-        label_column: of a CSV file: its column of labels.
+        label_column: of a CSV file: its column of labels; of a Hugging Face dataset: its column of class numbers.
         multi_label: an image of a CSV file may have several labels, or none.
         label_separator: between them.
         val_fraction: take this part of the training images for validation, per class.
@@ -281,6 +292,8 @@ class ImageData(pl.LightningDataModule):
             if val_fraction is not None or train_samples is not None:
                 raise ValueError(f"val_fraction and train_samples do not work with the dataset {dataset!r}")
             self.num_classes = num_classes
+            if not dataset.startswith("tfds/"):
+                self._open_timm(root)
         else:
             known = ", ".join(("folder", "csv", *BUILT_IN, "latents", *(f"{prefix}..." for prefix in TIMM_PREFIXES)))
             raise ValueError(f"dataset must be one of {known}, got {dataset!r}")
@@ -355,6 +368,15 @@ class ImageData(pl.LightningDataModule):
     def _read_table(self, path: Path) -> list[Row]:
         return read_table(path, *self.columns, self.label_separator)
 
+    def _open_timm(self, root: str) -> None:
+        for stage in ("train", "val"):
+            base = open_dataset(self.dataset, root, self.splits[stage], self.columns[1])
+            self.stages[stage] = (base, range(len(base)))
+        names = getattr(self.stages["train"][0], "classes", None)
+        if names:
+            self.class_names = [name if isinstance(name, str) else name[0] for name in names]
+            self.num_classes = len(names)
+
     def _scan_latents(self) -> None:
         base = LatentShards(self.root, self.splits["train"])
         if self.val_fraction is not None:
@@ -397,12 +419,14 @@ class ImageData(pl.LightningDataModule):
             self.stages["train"] = (base, [indices[i] for i in order[: self.train_samples].tolist()])
             self.train_samples = None
         if self.stages and stage in (None, "fit"):
-            images = len(self.stages["train"][1])
-            share = images // (self.trainer.world_size if self.trainer else 1)
-            if share < self.batch_size:
-                raise ValueError(
-                    f"batch_size must be at most {share}, the training images per process, got {self.batch_size}"
-                )
+            self.check_batch_size(self.trainer.world_size if self.trainer else 1)
+
+    def check_batch_size(self, processes: int) -> None:
+        """Raise ValueError when the training images are known and each process has too few of them for a batch."""
+        if "train" in self.stages and (share := len(self.stages["train"][1]) // processes) < self.batch_size:
+            raise ValueError(
+                f"batch_size must be at most {share}, the training images per process, got {self.batch_size}"
+            )
 
     def data_config(self, model: dict[str, Any] | None = None) -> dict[str, Any]:
         """input_size (C, H, W), mean, std, interpolation and crop_pct: what is given here, else the model's.
@@ -442,7 +466,7 @@ class ImageData(pl.LightningDataModule):
         world, rank = (trainer.world_size, trainer.global_rank) if trainer else (1, 0)
         dataset: Any
         sampler: DistributedSampler | None = None
-        if self.is_timm:
+        if self.is_timm and not self.stages:
             dataset = create_dataset(
                 self.dataset,
                 root=str(self.root),
@@ -458,12 +482,18 @@ class ImageData(pl.LightningDataModule):
             if self.dataset == "latents":
                 hflip = 0.0 if self.augmentation["no_aug"] else self.augmentation["hflip"]
                 dataset = Latents(base, indices, hflip, self.seed)
+            elif isinstance(base, Shards):
+                in_order = trainer is not None and trainer.predicting
+                lanes = Lanes(base, self.seed, world, batch_size, self.num_workers, training, in_order)
+                dataset = StreamedImages(lanes, indices, transform, mode, self.seed)
             else:
                 dataset = Images(base, indices, transform, mode, self.seed)
         if not isinstance(dataset, IterableDataset):
             if training:
                 order = EpochSampler if isinstance(dataset, (Images, Latents)) else DistributedSampler
-                sampler = self.train_sampler = order(dataset, world, rank, shuffle=True, seed=self.seed, drop_last=True)
+                mixed = not isinstance(dataset, StreamedImages)  # the stream comes shuffled
+                sampler = order(dataset, world, rank, shuffle=mixed, seed=self.seed, drop_last=True)
+                self.train_sampler = sampler
             elif world > 1:
                 sampler = UnrepeatedDistributedSampler(dataset, world, rank, shuffle=False)
         return Loader(
@@ -522,6 +552,8 @@ class ImageData(pl.LightningDataModule):
 
     def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> tuple[Tensor, Tensor]:
         self.report_bad(batch.bad)
+        if self.is_timm and not (self.trainer and self.trainer.predicting):
+            check_labels(batch.targets, self.num_classes)
         return batch.images, batch.targets
 
     def report_bad(self, images: list[BadImage]) -> None:

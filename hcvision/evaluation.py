@@ -17,6 +17,8 @@ from torchmetrics.classification import (
     MultilabelRecall,
 )
 
+from hcvision.images import printable
+
 SHOWN = 20  # classes of the table that is printed
 
 
@@ -124,7 +126,7 @@ def lowest(rows: list[dict[str, Any]]) -> list[str]:
 def show(value: Any) -> str:
     if isinstance(value, float):
         return "-" if value != value else f"{100 * value:.1f} %"
-    return str(value) if str(value).isprintable() else repr(value)
+    return printable(str(value))
 
 
 def plain(name: str) -> str:

@@ -23,6 +23,11 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 NO_NEWS = {"Thumbs.db", "desktop.ini"}  # in folders of images
 
 
+def printable(text: str) -> str:
+    """The text on one line: as it is, or as Python writes it where it holds newlines or the like."""
+    return text if text.isprintable() else repr(text)
+
+
 @dataclass
 class BadImage:
     """An image that could not be read or transformed, where, and why."""
@@ -32,7 +37,7 @@ class BadImage:
     doing: str = "read"
 
     def __str__(self) -> str:
-        return f"cannot {self.doing} image {self.path}: {self.reason}"
+        return f"cannot {self.doing} image {printable(self.path)}: {printable(self.reason)}"
 
 
 class Images(Dataset):

@@ -1,6 +1,7 @@
 """A run and its folder: checkpoints, metrics, loggers, the progress bar, and stopping so that it can go on."""
 
 import argparse
+import io
 import json
 import os
 import pickle
@@ -15,6 +16,7 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Checkpoint, LearningRateMonitor, ModelCheckpoint, ProgressBar, TQDMProgressBar
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
+from pytorch_lightning.plugins import CheckpointIO, TorchCheckpointIO
 
 
 class Progress(TQDMProgressBar):
@@ -79,6 +81,36 @@ def best_checkpoint(run: Path) -> Path | None:
     """The best checkpoint of a run folder, the last one where there is no best, or None."""
     path = checkpoint_folder(run) / "best.ckpt"
     return path if path.is_file() else last_checkpoint(run)
+
+
+class WholeFiles(TorchCheckpointIO):
+    """Checkpoints are there whole or not at all, also when the process is killed or the disk is full meanwhile.
+
+    Lightning writes them into the system's folder for temporary files and moves them, which is a copy where
+    that is on another disk.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        if "://" in str(path):
+            return super().save_checkpoint(checkpoint, path, storage_options)
+        buffer = io.BytesIO()
+        torch.save(checkpoint, buffer)
+        write_whole(Path(path), buffer.getbuffer())
+
+
+def write_whole(path: Path, content: Any) -> None:
+    """Write bytes into a file, whole or not at all; what was there before stays until then."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        with partial.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 class Stopped(SystemExit):
@@ -184,6 +216,10 @@ def equip(
     if trainer.get("logger") in (None, True):
         tensorboard = TensorBoardLogger(str(run), name="", version="tensorboard")
         arguments["logger"] = [CSVLogger(str(run), name="", version=""), tensorboard]
+    plugins = trainer.get("plugins") or []
+    plugins = [*plugins] if isinstance(plugins, list) else [plugins]
+    if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+        arguments["plugins"] = [*plugins, WholeFiles()]
     callbacks = trainer.get("callbacks") or []
     callbacks = [*callbacks] if isinstance(callbacks, list) else [callbacks]
     if trainer.get("enable_checkpointing") is not False:
@@ -211,10 +247,7 @@ def is_first_process() -> bool:
 
 def write_json(path: Path, value: Any) -> None:
     """Write it whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(value, indent=1))
-    partial.replace(path)
+    write_whole(path, json.dumps(value, indent=1).encode())
 
 
 def first_difference(there: Any, here: Any, name: str = "") -> str | None:

@@ -14,6 +14,7 @@ import timm
 import torch
 from pytorch_lightning.callbacks import EMAWeightAveraging, ModelCheckpoint
 from pytorch_lightning.loggers import TensorBoardLogger
+from safetensors import SafetensorError
 from timm.data import Mixup, resolve_model_data_config
 from timm.loss import SoftTargetCrossEntropy
 from timm.models import get_model_input_config, load_state_dict, load_state_dict_from_hf
@@ -333,7 +334,10 @@ class TimmModule(pl.LightningModule):
             config = read_checkpoint(path).get("data_config", {})
             if "mean" in config and len(config["mean"]) == self.data_config["input_size"][0]:
                 self.data_config |= {key: value for key, value in config.items() if key != "input_size"}
-        return averaged_weights(str(path)) or load_state_dict(str(path), use_ema=True)
+        try:
+            return averaged_weights(str(path)) or load_state_dict(str(path), use_ema=True)
+        except SafetensorError as error:
+            raise ValueError(f"{path} is no safetensors file, or a damaged one: {error}") from error
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Raise ValueError when the checkpoint is of another architecture."""

@@ -3,7 +3,10 @@
 import csv
 import json
 import os
+import re
+import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -18,6 +21,7 @@ from diffusers import AutoencoderKL
 
 import hcvision
 from hcvision.data import ImageData
+from hcvision.runs import read_checkpoint
 from hcvision.sampling import read_samples
 from hcvision_command import main
 
@@ -177,6 +181,130 @@ def test_a_checkpoint_of_another_architecture(hcv, image_folder, tmp_path):
     done = hcv(*fit(image_folder, tmp_path / "b", f"--ckpt_path={last}", "--model.connection=dhc4"), check=False)
     assert "another architecture: connection is 'dhc2' there and 'dhc4' here" in done.stderr
     assert not (tmp_path / "b").exists()
+
+
+def test_ctrl_c_leaves_a_checkpoint_and_says_how_to_go_on(image_folder, tmp_path):
+    arguments = fit(image_folder, tmp_path / "run", "--trainer.max_epochs=2000")
+    command = [sys.executable, str(ROOT / "train.py"), *arguments]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "run" / "checkpoints" / "last.ckpt").is_file() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, shown = process.communicate(timeout=60)
+    assert process.returncode == 130, shown[-3000:]
+    assert "stopping after this step or validation; once more stops at once" in shown
+    (line,) = [line for line in shown.splitlines() if line.startswith("stopped after step")]
+    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    assert f"; {last} holds it; go on with: hcvision fit " in line
+    steps = int(re.search(r"stopped after step (\d+)", line)[1])
+    assert read_checkpoint(last)["global_step"] == steps
+    words = shlex.split(line.partition("go on with: hcvision ")[2])
+    assert words == [*arguments, "--resume", "true"]
+
+
+def test_resume_auto_starts_and_goes_on(image_folder, tmp_path, capsys):
+    run = tmp_path / "run"
+    main([*fit(image_folder, run), "--trainer.max_epochs=1", "--resume=auto"])
+    assert "resuming" not in capsys.readouterr().out
+    main([*fit(image_folder, run), "--resume=auto"])
+    assert f"resuming {run}" in capsys.readouterr().out
+    assert [row["epoch"] for row in metrics(run)] == ["0", "1"]
+
+
+def test_test_reports_classes_of_the_checkpoint_asked_for(image_folder, tmp_path, capsys):
+    """best and last are those of the run."""
+    run = tmp_path / "run"
+    main([*fit(image_folder, run)])
+    for which in ("best", "last"):
+        main(["test", f"--config={run / 'config.yaml'}", f"--ckpt_path={which}"])
+        shown = capsys.readouterr().out
+        assert "| class" in shown
+        assert f"the classes are in {run / 'test'}" in shown
+        score = read_checkpoint(run / "checkpoints" / f"{which}.ckpt")
+        rows = list(csv.DictReader((run / "test" / "classes.csv").read_text().splitlines()))
+        top1 = sum(float(row["accuracy"]) for row in rows) / 3  # classes of one size
+        known = {int(row["epoch"]): float(row["val_top1"]) for row in metrics(run)}
+        assert top1 == pytest.approx(known[score["epoch"]], abs=1e-4)
+    main(["test", f"--config={run / 'config.yaml'}"])
+    assert (run / "test" / "confusion.png").is_file()
+    check_refused(
+        ["test", f"--config={run / 'config.yaml'}", "--ckpt_path=bset"], "there is no checkpoint bset", capsys
+    )
+
+
+def test_what_init_from_had_nothing_for_is_said(image_folder, tmp_path, capsys):
+    main([*fit(image_folder, tmp_path / "a"), "--model.connection=residual", "--trainer.max_epochs=1"])
+    capsys.readouterr()
+    main([*fit(image_folder, tmp_path / "b"), f"--model.init_from={tmp_path / 'a'}", "--trainer.max_epochs=1"])
+    shown = capsys.readouterr().out
+    assert f"weights of {tmp_path / 'a'}; 24 parameters of connections keep their initial values" in shown
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(image_folder, tmp_path):
+    """No file may grow beyond a size between that of a checkpoint and of a larger one, as on a disk that is full."""
+    run = tmp_path / "run"
+    main([*fit(image_folder, run), "--trainer.max_epochs=1"])
+    last = run / "checkpoints" / "last.ckpt"
+    before = last.read_bytes()
+    limit = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({len(before) // 2},) * 2)"
+    limit += "; import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)"
+    code = f"{limit}; from hcvision_command import main; main({[*fit(image_folder, run), '--resume=true']!r})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr[-3000:]
+    assert f"cannot write into {run}: File too large; the last good checkpoint is {last}" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert last.read_bytes() == before
+    assert {path.name for path in (run / "checkpoints").iterdir()} == {"last.ckpt", "best.ckpt"}
+    main([*fit(image_folder, run), "--resume=true"])
+    assert [row["epoch"] for row in metrics(run)][-1] == "1"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root mounts a small disk; the test above needs nobody")
+def test_a_small_disk(image_folder, tmp_path):
+    """A tmpfs with room for the first checkpoints, and no more."""
+    run = tmp_path / "small"
+    run.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(run)], capture_output=True).returncode:
+        pytest.skip("no mount here")
+    try:
+        main([*fit(image_folder, run / "run"), "--trainer.max_epochs=1"])
+        last = run / "run" / "checkpoints" / "last.ckpt"
+        before = last.read_bytes()
+        free = shutil.disk_usage(run).free
+        (run / "ballast").write_bytes(bytes(max(free - len(before) // 2, 0)))
+        command = [sys.executable, str(ROOT / "train.py"), *fit(image_folder, run / "run", "--resume=true")]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 2, done.stderr[-3000:]
+        assert f"No space left on device; the last good checkpoint is {last}" in done.stderr
+        assert last.read_bytes() == before
+        (run / "ballast").unlink()
+        main([*fit(image_folder, run / "run"), "--resume=true"])
+    finally:
+        subprocess.run(["umount", str(run)], check=True)
+
+
+@pytest.mark.parametrize("where", ["training_step", "validation_step"])
+def test_out_of_memory_says_what_needs_less(image_folder, tmp_path, capsys, monkeypatch, where):
+    def fail(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 MiB")
+
+    monkeypatch.setattr(f"hcvision.training.ImageClassifier.{where}", fail)
+    training = (
+        "--data.batch_size 4 --trainer.accumulate_grad_batches 2 (the same update), --model.grad_checkpointing true"
+    )
+    ways = training if where == "training_step" else "--data.eval_batch_size 4"
+    check_refused(
+        fit(image_folder, tmp_path / "run"),
+        f"not enough memory on cpu for batches of 8; any of these needs less: {ways}, --trainer.precision bf16-mixed",
+        capsys,
+    )
+    more = ("--model.grad_checkpointing=true", "--trainer.precision=bf16-mixed", "--data.batch_size=1")
+    monkeypatch.setattr("hcvision.cli.CommandLine.before_fit", lambda self: None)
+    ways = "a smaller model, smaller images (--data.img_size)"
+    check_refused(
+        (*fit(image_folder, tmp_path / "run2"), *more), f"batches of 1; any of these needs less: {ways}", capsys
+    )
 
 
 DIT = ("--task=generate", "--model.model=dit_tiny_patch4_pixel", "--model.connection=dhc2", "--model.lr=2e-3")

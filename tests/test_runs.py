@@ -1,10 +1,13 @@
 """The folder of a run."""
 
+import subprocess
+import sys
+
 import pytest
 import pytorch_lightning as pl
 import torch
 
-from hcvision.runs import equip, last_checkpoint, read_checkpoint
+from hcvision.runs import equip, last_checkpoint, read_checkpoint, write_whole
 
 
 class Net(pl.LightningModule):
@@ -42,3 +45,24 @@ def test_last_is_the_last_epoch_and_best_the_best(tmp_path, monitor, best):
     resumed = train(tmp_path / "b", 4, ("val_top1", "max"), last_checkpoint(tmp_path / "b"))
     assert resumed == {"last": 3, "best": 1}
     assert {path.name for path in (tmp_path / "b" / "checkpoints").iterdir()} == {"last.ckpt", "best.ckpt"}
+
+
+def test_files_are_there_whole_or_not_at_all(tmp_path):
+    """Killed after the bytes are written, and failing in the middle of them: what was there is there still."""
+    path = tmp_path / "a.ckpt"
+    write_whole(path, b"before")
+    code = "import os, signal; from pathlib import Path; from hcvision.runs import write_whole\n"
+    code += "os.fsync = lambda _: os.kill(os.getpid(), signal.SIGKILL)\n"
+    code += f"write_whole(Path({str(path)!r}), b'after' * 1000)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == -9
+    assert path.read_bytes() == b"before"
+    with pytest.raises(TypeError):
+        write_whole(path, "no bytes")
+    assert [file.name for file in tmp_path.iterdir()] == ["a.ckpt"]
+    assert path.read_bytes() == b"before"
+
+
+def test_checkpoints_are_written_beside_their_place(tmp_path, monkeypatch):
+    """Never in the folder for temporary files, from where a move may be a copy."""
+    monkeypatch.setattr("tempfile.mkstemp", None)
+    assert train(tmp_path / "a", 2) == {"last": 1, "best": 1}

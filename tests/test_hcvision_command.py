@@ -1,0 +1,82 @@
+"""What comes before torch: help, and wrong names of commands and options."""
+
+import inspect
+import subprocess
+import sys
+
+import pytest
+import pytorch_lightning as pl
+
+import hcvision_command
+from hcvision import cli
+from hcvision.data import ImageData
+from hcvision.training import ImageClassifier, ImageGenerator
+from hcvision_command import COMMANDS, main, names_of
+
+
+def test_every_command_is_there_and_explained():
+    assert list(COMMANDS) == list(cli.COMMANDS)
+
+
+def run(code):
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    return done.returncode, done.stdout, done.stderr
+
+
+LIGHT = "import sys, hcvision_command\nsys.modules['torch'] = sys.modules['timm'] = None\n"
+
+
+def test_help_needs_no_torch():
+    """So it is there in a fraction of a second."""
+    code, out, _ = run(f"{LIGHT}hcvision_command.main(['--help'])")
+    assert code == 0
+    assert all(f"\n  {name} " in out for name in COMMANDS)
+    code, out, _ = run(f"{LIGHT}hcvision_command.main(['--version'])")
+    assert out.startswith("hcvision 0.")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["fti"], "unknown command 'fti'; did you mean fit?; the commands: fit, validate"),
+        (["fit", "--data.batchsize=4"], "unknown option --data.batchsize; did you mean --data.batch_size"),
+        (
+            ["fit", "--model.freez_epochs", "1"],
+            "unknown option --model.freez_epochs; did you mean --model.freeze_epochs",
+        ),
+        (["test", "--trainer.device", "1"], "unknown option --trainer.device; did you mean --trainer.devices?"),
+        (["compare", "--data.xyzzy", "1"], "unknown option --data.xyzzy (hcvision compare --help lists them)"),
+    ],
+)
+def test_wrong_names_need_no_torch(arguments, message):
+    code, out, err = run(f"{LIGHT}hcvision_command.main({arguments!r})")
+    assert (code, out) == (2, "")
+    assert len(err.splitlines()) == 1
+    assert message in err
+
+
+@pytest.mark.parametrize(
+    ("group", "classes"),
+    [("model", (ImageClassifier, ImageGenerator)), ("data", (ImageData,)), ("trainer", (pl.Trainer,))],
+)
+def test_names_are_those_of_the_classes(group, classes):
+    """What is read in the source is what Python knows, base classes included."""
+    known = {
+        name for cls in classes for base in cls.__mro__[:2] for name in inspect.signature(base.__init__).parameters
+    }
+    assert known - {"args", "kwargs"} <= names_of(group)
+    assert names_of(group) <= known | {"help"}
+
+
+def test_names_behind_an_option_pass(monkeypatch):
+    """A key of a dictionary, a member of a list, and what is no option of these groups."""
+    seen = []
+    monkeypatch.setattr(cli, "run", seen.append)
+    for option in ("--model.model_args.depth=2", "--trainer.callbacks+=x", "--data.help", "--run=x", "--model", "x"):
+        main(["fit", option])
+    assert len(seen) == 6
+
+
+def test_where_lightning_cannot_be_read_the_parser_decides(monkeypatch):
+    monkeypatch.setattr(hcvision_command.importlib.util, "find_spec", lambda name: None)
+    assert names_of("trainer") == set()
