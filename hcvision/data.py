@@ -1,16 +1,8 @@
-"""Images for Lightning: folders, tables, torchvision's small sets, timm's dataset strings, and shards of latents.
+"""Images for Lightning: folders, tables, torchvision's small sets, timm's dataset strings, and shards of latents."""
 
-``python -m hcvision.data ROOT`` puts Fashion-MNIST into ROOT.
-"""
-
-import gzip
 import itertools
 import json
 import os
-import shutil
-import subprocess
-import sys
-import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -26,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset
 from torchvision import datasets as tv_datasets
 
+from hcvision.fashion import find_fashion_mnist
 from hcvision.images import (
     BadImage,
     Batch,
@@ -41,14 +34,6 @@ from hcvision.images import (
 )
 from hcvision.streaming import Lanes, Shards, check_labels, open_dataset
 
-FASHION_FILES = (
-    "train-images-idx3-ubyte",
-    "train-labels-idx1-ubyte",
-    "t10k-images-idx3-ubyte",
-    "t10k-labels-idx1-ubyte",
-)
-DEBIAN_PACKAGE = "dataset-fashion-mnist"
-DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 BUILT_IN = {"fashion_mnist": 10, "cifar10": 10, "cifar100": 100}
 LATENT_FORMAT = "hcvision-latents-1"
 TIMM_PREFIXES = ("hfds/", "hfids/", "wds/", "tfds/", "torch/")
@@ -569,66 +554,3 @@ class ImageData(pl.LightningDataModule):
 def count_workers(wanted: int | None) -> int:
     """``wanted``, where None stands for the CPU cores available, at most 8."""
     return min(8, len(os.sched_getaffinity(0))) if wanted is None else wanted
-
-
-def find_fashion_mnist(root: Path, debian_download: bool = False) -> Path:
-    """The folder with Fashion-MNIST's four files below root, unpacked or downloaded if need be.
-
-    Tried in this order: root, Debian's package where it is installed, torchvision's download, and, if
-    debian_download, Debian's package fetched and unpacked without being installed.
-
-    Raises:
-        FileNotFoundError: none of them worked; says what can be done.
-    """
-    raw = root / "FashionMNIST" / "raw"
-    if all((raw / name).is_file() for name in FASHION_FILES):
-        return raw
-    if unpack(DEBIAN_FOLDER, raw):
-        return raw
-    reasons = []
-    try:
-        tv_datasets.FashionMNIST(str(root), download=True)
-        return raw
-    except (RuntimeError, OSError) as error:
-        reasons.append(f"torchvision's download failed ({str(error).splitlines()[-1]})")
-    if debian_download:
-        try:
-            with tempfile.TemporaryDirectory() as folder:
-                fetch_debian_package(Path(folder))
-                unpack(Path(folder) / DEBIAN_FOLDER.relative_to("/"), raw)
-            return raw
-        except (OSError, subprocess.CalledProcessError) as error:
-            reasons.append(f"so did Debian's package ({str(getattr(error, 'stderr', '') or error).strip()})")
-    raise FileNotFoundError(
-        f"Fashion-MNIST is not in {raw}: {'; '.join(reasons)}. Any of these works: a network, "
-        f"`python -m hcvision.data {root}`, `apt-get install {DEBIAN_PACKAGE}`, or its four unpacked files in {raw}"
-    )
-
-
-def unpack(folder: Path, raw: Path) -> bool:
-    """Unpack the four .gz files of folder into raw. False if they are not there."""
-    if not all((folder / f"{name}.gz").is_file() for name in FASHION_FILES):
-        return False
-    raw.mkdir(parents=True, exist_ok=True)
-    for name in FASHION_FILES:
-        partial = raw / f"{name}.partial"
-        with gzip.open(folder / f"{name}.gz") as source, partial.open("wb") as target:
-            shutil.copyfileobj(source, target)
-        partial.replace(raw / name)
-    return True
-
-
-def fetch_debian_package(folder: Path) -> None:
-    """Download Debian's Fashion-MNIST package and unpack it into folder, with package lists of its own: no root."""
-    lists, cache = folder / "lists", folder / "cache"
-    for path in (lists / "partial", cache / "archives" / "partial"):
-        path.mkdir(parents=True)
-    options = [f"-oDir::State::Lists={lists}", f"-oDir::Cache={cache}", "-oAPT::Sandbox::User="]
-    for arguments in (["apt-get", *options, "update"], ["apt-get", *options, "download", DEBIAN_PACKAGE]):
-        subprocess.run(arguments, cwd=folder, check=True, capture_output=True, text=True)
-    package = next(folder.glob(f"{DEBIAN_PACKAGE}_*.deb"))
-    subprocess.run(["dpkg-deb", "-x", str(package), str(folder)], check=True, capture_output=True, text=True)
-
-
-if __name__ == "__main__":
-    print(f"Fashion-MNIST is in {find_fashion_mnist(Path(sys.argv[1]), debian_download=True)}")

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from pytorch_lightning.utilities.seed import isolate_rng
 from timm.data.auto_augment import AugmentOp
 from torch import Tensor
@@ -72,7 +72,7 @@ class Images(Dataset):
         except (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError) as error:
             samples = getattr(self.base, "samples", None)
             path = samples[position][0] if samples else f"number {position}"
-            return BadImage(str(path), str(error).replace(str(path), "it"), doing)
+            return BadImage(str(path), say_why(error), doing)
 
 
 @dataclass
@@ -105,6 +105,13 @@ def keep_a_bit(transform: Any) -> None:
 
 def posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
     return ImageOps.posterize(image, max(bits, 1)) if bits < 8 else image
+
+
+def say_why(error: Exception) -> str:
+    """Why an image cannot be used, without its path."""
+    if isinstance(error, UnidentifiedImageError):
+        return "it is no image, or of a kind that is not read"
+    return getattr(error, "strerror", None) or str(error)
 
 
 def open_image(path: str) -> Image.Image:

@@ -5,10 +5,12 @@ import io
 import json
 import os
 import pickle
+import re
 import signal
 import sys
 import threading
 import time
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -187,9 +189,14 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{path} is no checkpoint, or a damaged one: {str(error).splitlines()[0]}") from error
+        reason = str(error).splitlines()[0]
+        if isinstance(error, pickle.UnpicklingError):
+            foreign = re.search(r"GLOBAL ([\w.]+)", str(error))
+            reason = "it is not weights alone, and reading the rest could run code"
+            reason += f" (it calls {foreign[1]})" if foreign else ""
+        raise ValueError(f"{path} is no checkpoint, or a damaged one: {reason}") from error
 
 
 def metrics_files(run: Path) -> list[Path]:

@@ -1,4 +1,3 @@
-import gzip
 import shutil
 
 import numpy as np
@@ -7,9 +6,8 @@ import pytorch_lightning as pl
 import torch
 from PIL import Image
 
-from hcvision import data
-from hcvision.data import FASHION_FILES, ImageData, find_fashion_mnist
-from hcvision.images import BadImage, Batch, posterize, split_by_class
+from hcvision.data import ImageData
+from hcvision.images import BadImage, Batch, collate, posterize, split_by_class
 
 
 def test_folder_gives_every_validation_image_once_in_order(image_folder):
@@ -156,7 +154,7 @@ def test_a_bad_image_is_left_out_if_asked_and_named_once(damaged_folder):
 
 
 def test_bad_batch_types_round_trip():
-    batch = data.collate([BadImage("a.png", "broken")])
+    batch = collate([BadImage("a.png", "broken")])
     assert isinstance(batch, Batch)
     assert len(batch.images) == len(batch.targets) == 0
 
@@ -197,27 +195,6 @@ def test_wrong_folders(image_folder, tmp_path):
     module = ImageData(root=str(image_folder), batch_size=100, num_workers=0)
     with pytest.raises(ValueError, match="batch_size must be at most 72"):
         module.setup("fit")
-
-
-def test_fashion_mnist_is_looked_for_in_every_place(tmp_path, monkeypatch):
-    debian = tmp_path / "debian"
-    debian.mkdir()
-    for name in FASHION_FILES:
-        with gzip.open(debian / f"{name}.gz", "wb") as file:
-            file.write(name.encode())
-    monkeypatch.setattr(data, "DEBIAN_FOLDER", debian)
-    raw = find_fashion_mnist(tmp_path / "root")
-    assert {path.name: path.read_text() for path in raw.iterdir()} == {name: name for name in FASHION_FILES}
-
-    monkeypatch.setattr(data, "DEBIAN_FOLDER", tmp_path / "missing")
-    assert find_fashion_mnist(tmp_path / "root") == raw  # found where it was put
-
-    def no_network(*args, **kwargs):
-        raise RuntimeError("Error downloading t10k")
-
-    monkeypatch.setattr(data.tv_datasets, "FashionMNIST", no_network)
-    with pytest.raises(FileNotFoundError, match=r"Error downloading.*python -m hcvision.data.*apt-get install"):
-        find_fashion_mnist(tmp_path / "other")
 
 
 def test_a_timm_dataset_string(tmp_path, image_folder):

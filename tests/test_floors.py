@@ -16,7 +16,7 @@ FLOORS = (
     {"convert"},
     {"vit", "dit"},
     {"__init__"},  # the public names; who imports the package itself stands above them
-    {"diffusion", "images", "streaming"},
+    {"diffusion", "images", "streaming", "fashion"},
     {"data"},
     {"runs"},
     {"latents", "sampling"},

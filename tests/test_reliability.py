@@ -103,7 +103,7 @@ IMAGES = {
     "Thumbs.db and .DS_Store": (lambda root: (put(root, "Thumbs.db", b"?"), put(root, ".DS_Store", b"?")), USED),
     "a link that leads nowhere": (
         lambda root: (root / "train" / "zebra" / "link.png").symlink_to("nowhere.png"),
-        "cannot read image photos/train/zebra/link.png: [Errno 2] No such file",
+        "cannot read image photos/train/zebra/link.png: No such file",
     ),
     "links that lead in circles": (loop, "left out, no images by their names: 'self' (1 in photos)"),
     "a folder within a class": (lambda root: put(root, "more/a.png"), USED),
@@ -118,7 +118,7 @@ IMAGES = {
     "a class that is in train alone": (lambda root: put(root, "../new/a.png"), "the class folders of train and val differ: new"),
     "an image that must not be read": (
         lambda root: lock("train/zebra/003.png", root),
-        "cannot read image photos/train/zebra/003.png: [Errno 13] Permission denied",
+        "cannot read image photos/train/zebra/003.png: Permission denied",
     ),
     "a class that must not be read": (lambda root: lock("train/zebra", root), "Permission denied: 'photos/train/zebra'"),
 }  # fmt: skip
@@ -233,9 +233,9 @@ OTHERS = {
     "a folder with a run in it": (None, ["--run=run"], "run holds a run; --resume true goes on with it, --run names another folder for a new one"),
     "a folder with something else in it": (None, ["--run=photos"], "photos exists and is not a run of ours; --run names another folder"),
     "nothing to go on with": (None, [NEW, "--resume=true"], "there is nothing to resume or score: no checkpoint in run2"),
-    "a checkpoint that would run code": (lambda p: malicious(p, "bad.ckpt"), [NEW, "--ckpt_path=zip_bad.ckpt"], "zip_bad.ckpt is no checkpoint, or a damaged one"),
-    "a plain pickle that would run code": (lambda p: malicious(p, "bad.ckpt"), [NEW, "--ckpt_path=bad.ckpt"], "bad.ckpt is no checkpoint, or a damaged one"),
-    "weights that would run code": (lambda p: malicious(p, "bad.pth"), [NEW, "--model.init_from=zip_bad.pth"], "zip_bad.pth is no checkpoint, or a damaged one"),
+    "a checkpoint that would run code": (lambda p: malicious(p, "bad.ckpt"), [NEW, "--ckpt_path=zip_bad.ckpt"], "zip_bad.ckpt is no checkpoint, or a damaged one: it is not weights alone, and reading the rest could run code"),
+    "a plain pickle that would run code": (lambda p: malicious(p, "bad.ckpt"), [NEW, "--ckpt_path=bad.ckpt"], "bad.ckpt is no checkpoint, or a damaged one: it is not weights alone, and reading the rest could run code"),
+    "weights that would run code": (lambda p: malicious(p, "bad.pth"), [NEW, "--model.init_from=zip_bad.pth"], "zip_bad.pth is no checkpoint, or a damaged one: it is not weights alone, and reading the rest could run code"),
     "a checkpoint cut in the middle": (
         lambda p: (p / "cut.ckpt").write_bytes((p / "run/checkpoints/last.ckpt").read_bytes()[:5000]),
         [NEW, "--ckpt_path=cut.ckpt"], "cut.ckpt is no checkpoint, or a damaged one",
