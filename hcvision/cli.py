@@ -4,6 +4,7 @@ import argparse
 import ctypes
 import difflib
 import errno
+import inspect
 import logging
 import os
 import re
@@ -13,26 +14,29 @@ import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal, NoReturn, get_origin
 
 import pytorch_lightning as pl
 import timm
-import torch
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser
 from pytorch_lightning.callbacks import LambdaCallback
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from tqdm import tqdm
 
+from hcvision.benchmark import benchmark
 from hcvision.convert import coverage
 from hcvision.data import ImageData
 from hcvision.evaluation import ClassReport
+from hcvision.export import export
 from hcvision.latents import encode_folder, load_vae
+from hcvision.prediction import predict
 from hcvision.runs import (
     Stopped,
     checkpoint_folder,
     equip,
     is_first_process,
+    is_out_of_memory,
     keep_metrics,
     last_checkpoint,
     pick_device,
@@ -175,7 +179,7 @@ class CommandLine(LightningCLI):
         try:
             super()._run_subcommand(subcommand)
         except RuntimeError as error:
-            if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            if not is_out_of_memory(error):
                 raise
             raise MemoryError(self.what_needs_less()) from error
         except OSError as error:
@@ -298,14 +302,24 @@ def compare(arguments: list[str]) -> None:
         print(f"\n{report.read_text()}\nreport: {report}")
 
 
-def run_function(function: Callable[..., Any]) -> Callable[[list[str]], Any]:
-    """A command whose options are the arguments of a function; the first one is positional where it has no default."""
+def run_function(function: Callable[..., Any]) -> Callable[[list[str]], int | None]:
+    """A command whose options are the arguments of a function; those without default are positional.
 
-    def run(arguments: list[str]) -> Any:
-        title = (function.__doc__ or "").strip().splitlines()[0]
+    A list without default takes one or more values. An int that the function returns is the exit code.
+    """
+    text = function.__doc__ or ""
+    parameters = inspect.signature(function).parameters.values()
+    lists = [p.name for p in parameters if p.default is p.empty and get_origin(p.annotation) is list]
+
+    def run(arguments: list[str]) -> int | None:
+        title = text.strip().splitlines()[0]
         parser = StudyParser(prog=f"hcvision {function.__name__.partition('_')[0]}", description=title)
-        parser.add_function_arguments(function, as_positional=True, skip={"say"})
-        function(**parser.instantiate_classes(parser.parse_args(arguments)).as_dict())
+        parser.add_function_arguments(function, as_positional=True, skip={"say", *lists})
+        for name in lists:
+            about = re.search(rf"^ *{name}: (.*)", text, re.MULTILINE)
+            parser.add_argument(name, nargs="+", type=str, help=about[1] if about else "")
+        result = function(**parser.instantiate_classes(parser.parse_args(arguments)).as_dict())
+        return result if isinstance(result, int) else None
 
     return run
 
@@ -506,6 +520,9 @@ def count_coverage(arguments: list[str]) -> None:
 
 COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
     **dict.fromkeys(("fit", "validate", "test"), run_lightning),
+    "predict": run_function(predict),
+    "export": run_function(export),
+    "benchmark": run_function(benchmark),
     "compare": compare,
     "sample": run_function(sample),
     "score": score,

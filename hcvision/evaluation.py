@@ -1,6 +1,5 @@
 """What a classifier gets right and wrong, class by class: a table and a picture of the confusion matrix."""
 
-import csv
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from torchmetrics.classification import (
 )
 
 from hcvision.images import printable
+from hcvision.runs import markdown, write_csv
 
 SHOWN = 20  # classes of the table that is printed
 
@@ -66,7 +66,7 @@ class ClassReport(pl.Callback):
         if "confusion" in scores:
             matrix = scores["confusion"].cpu()
             rows = count_confusions(matrix, names)
-            write_rows(
+            write_csv(
                 self.folder / "confusion.csv",
                 [
                     dict(zip(["class", *names], [name, *line], strict=True))
@@ -80,7 +80,8 @@ class ClassReport(pl.Callback):
                 {"class": name, "images": int(count[number])} | {key: value[number] for key, value in values.items()}
                 for number, name in enumerate(names)
             ]
-        write_rows(self.folder / "classes.csv", rows)
+        decimals = [{k: f"{v:.4f}" if isinstance(v, float) else v for k, v in row.items()} for row in rows]
+        write_csv(self.folder / "classes.csv", decimals)
         print("\n".join(["", *lowest(rows), "", f"the classes are in {self.folder}"]))
 
 
@@ -105,21 +106,11 @@ def count_confusions(matrix: Tensor, names: list[str]) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
-def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
-    with path.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows({k: f"{v:.4f}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
-
-
 def lowest(rows: list[dict[str, Any]]) -> list[str]:
     """The classes with the lowest score (the third column) as a Markdown table."""
     columns = list(rows[0])
     worst = sorted(rows, key=lambda row: (row[columns[2]] == row[columns[2]], row[columns[2]]))[:SHOWN]  # nan first
-    cells = [[show(value) for value in row.values()] for row in worst]
-    widths = [max(map(len, column)) for column in zip(columns, *cells, strict=True)]
-    lines = [columns, ["-" * width for width in widths], *cells]
-    table = [f"| {' | '.join(cell.ljust(width) for cell, width in zip(line, widths, strict=True))} |" for line in lines]
+    table = markdown([columns, *([show(value) for value in row.values()] for row in worst)])
     return table + [f"the lowest {SHOWN} of {len(rows)} classes"] * (len(rows) > SHOWN)
 
 

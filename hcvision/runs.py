@@ -1,6 +1,7 @@
 """A run and its folder: checkpoints, metrics, loggers, the progress bar, and stopping so that it can go on."""
 
 import argparse
+import csv
 import io
 import json
 import os
@@ -243,8 +244,23 @@ def equip(
 
 
 def pick_device(wanted: str = "auto") -> str:
-    """``wanted``, where auto stands for a GPU if there is one."""
-    return wanted if wanted != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    """``wanted``, where auto stands for a GPU if there is one.
+
+    Raises:
+        ValueError: there is no such device.
+    """
+    name = wanted if wanted != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        known = ", ".join(["auto", "cpu", *(f"cuda:{number}" for number in range(torch.cuda.device_count()))])
+        raise ValueError(f"device must be one that works here, such as {known}, got {wanted!r}") from error
+    return name
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether a GPU or the machine had too little memory."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def is_first_process() -> bool:
@@ -255,6 +271,23 @@ def is_first_process() -> bool:
 def write_json(path: Path, value: Any) -> None:
     """Write it whole or not at all."""
     write_whole(path, json.dumps(value, indent=1).encode())
+
+
+def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Write rows with the same keys, whole or not at all."""
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, list(rows[0]))
+    writer.writeheader()
+    writer.writerows(rows)
+    write_whole(path, text.getvalue().encode("utf-8", "surrogateescape"))
+
+
+def markdown(rows: list[list[str]]) -> list[str]:
+    """A table in Markdown of a header and rows, aligned so that it reads well in a terminal too."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in rows]
+    lines.insert(1, ["-" * width for width in widths])
+    return [f"| {' | '.join(line)} |" for line in lines]
 
 
 def first_difference(there: Any, here: Any, name: str = "") -> str | None:

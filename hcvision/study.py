@@ -8,8 +8,6 @@ import csv
 import json
 import statistics
 import time
-import weakref
-from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -21,9 +19,8 @@ import pytorch_lightning as pl
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from hcvision.benchmark import measure, ratios, training_step
 from hcvision.connections import parse_connection
 from hcvision.data import TIMM_PREFIXES, ImageData
 from hcvision.latents import decode, load_vae
@@ -33,6 +30,7 @@ from hcvision.runs import (
     is_first_process,
     keep_metrics,
     last_checkpoint,
+    markdown,
     metrics_files,
     pick_device,
     read_checkpoint,
@@ -237,16 +235,20 @@ class Study:
             return known["costs"]
         say("measuring step time and memory")
         data = ImageData(**self.data)
-        steps = {}
-        for variant in self.variants:
+
+        def build(variant: str) -> Callable[[], None]:
             torch.manual_seed(0)
             module = self.build_model(variant, data.num_classes, 0).to(device)
             images = torch.randn(data.batch_size, *module.data_config["input_size"], device=device)
             targets = torch.randint(data.num_classes, (data.batch_size,), device=device)
-            steps[variant] = training_step(module, (images, targets), str(self.trainer.get("precision", "32")))
-        times = interleaved_ratios(steps, self.timing_rounds, device)
-        peaks = {variant: peak_memory(step, device) for variant, step in steps.items()}
-        costs = {v: {"time": times[v], "memory": peaks[v] / peaks[self.variants[0]]} for v in self.variants}
+            return training_step(module, (images, targets), str(self.trainer.get("precision", "32")))
+
+        times, peaks = measure(self.variants, build, self.timing_rounds, device)
+        first = self.variants[0]
+        costs = {
+            v: {"time": statistics.median(ratios(times[v], times[first])), "memory": peaks[v] / peaks[first]}
+            for v in self.variants
+        }
         write_json(path, {"key": key, "costs": costs})
         return costs
 
@@ -473,10 +475,7 @@ def table(
         if costs:
             row += [f"{costs[variant]['time']:.2f} x", f"{costs[variant]['memory']:.2f} x"]
         rows.append(row)
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-    lines = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in [header, *rows]]
-    lines.insert(1, ["-" * width for width in widths])
-    return [f"| {' | '.join(line)} |" for line in lines]
+    return markdown([header, *rows])
 
 
 def read_curve(folder: Path, curves: tuple[tuple[str, str, float], ...] = Study.curves) -> dict[str, list[float]]:
@@ -526,75 +525,3 @@ def draw_rows(images: dict[str, Tensor], columns: int) -> Figure:
             axes.set_yticks([])
             axes.spines[:].set_visible(False)
         return figure
-
-
-def training_step(module: TimmModule, batch: tuple[Tensor, Tensor], precision: str) -> Callable[[], None]:
-    """A training step as a function: forward, backward, AdamW."""
-    optimizer = torch.optim.AdamW(module.model.parameters(), lr=1e-4)
-    dtype = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(precision)
-
-    def step() -> None:
-        with torch.autocast(batch[0].device.type, dtype, enabled=dtype is not None):
-            loss = module.batch_loss(batch)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-
-    return step
-
-
-def interleaved_ratios(steps: dict[str, Callable[[], None]], rounds: int, device: str) -> dict[str, float]:
-    """Median over rounds of each step's time relative to the first one's in the same round."""
-
-    def seconds(step: Callable[[], None]) -> float:
-        began = time.perf_counter()
-        step()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - began
-
-    first, ratios = next(iter(steps)), defaultdict(list)
-    for number in range(rounds + 2):
-        order = list(steps)[:: 1 if number % 2 else -1]
-        times = {name: seconds(steps[name]) for name in order}
-        if number >= 2:  # after two rounds of warm-up
-            for name in steps:
-                ratios[name].append(times[name] / times[first])
-    return {name: statistics.median(values) for name, values in ratios.items()}
-
-
-def peak_memory(step: Callable[[], None], device: str) -> float:
-    """Peak of the memory that the tensors of a step take, in bytes."""
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        step()
-        return torch.cuda.max_memory_allocated()
-    with TensorMemory() as memory:
-        step()
-    return memory.peak
-
-
-class TensorMemory(TorchDispatchMode):
-    """Adds up the storages that operations touch while they live: what a GPU's allocator counts, on any device."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.known: dict[int, int] = {}
-        self.now = self.peak = 0
-
-    def _drop(self, address: int) -> None:
-        self.now -= self.known.pop(address, 0)
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        for tensor in tree_leaves((args, kwargs, result)):
-            if not isinstance(tensor, Tensor):
-                continue
-            storage = tensor.untyped_storage()
-            address = storage._cdata
-            if address not in self.known:
-                self.known[address] = storage.nbytes()
-                self.now += storage.nbytes()
-                weakref.finalize(storage, self._drop, address)
-        self.peak = max(self.peak, self.now)
-        return result

@@ -84,11 +84,34 @@ def test_fit_resume_validate_test_predict(hcv, image_folder, tmp_path):
     scored = hcv("validate", f"--config={run / 'config.yaml'}", "--trainer.enable_progress_bar=false")
     assert f"{float(final['val_loss']):.4f}"[:5] in scored.stdout
     hcv("test", f"--config={run / 'config.yaml'}", f"--ckpt_path={run / 'checkpoints' / 'best.ckpt'}")
-    hcv("predict", f"--config={run / 'config.yaml'}")
-    rows = list(csv.DictReader((run / "predictions.csv").read_text().splitlines()))
+    last = run / "checkpoints" / "last.ckpt"
+    hcv("predict", last, image_folder / "val", f"--out={tmp_path / 'predictions.csv'}", "--device=cpu")
+    rows = list(csv.DictReader((tmp_path / "predictions.csv").read_text().splitlines()))
     assert len(rows) == 39
-    right = sum(row["class"] == name for row, name in zip(rows, [n for n in CLASSES for _ in range(13)], strict=True))
+    right = sum(row["class"] == Path(row["file"]).parent.name for row in rows)
     assert right / 39 == pytest.approx(float(final["val_top1"]), abs=1e-6)
+
+
+def test_export_and_benchmark(image_folder, tmp_path, capsys):
+    """The whole way: a run, a folder for timm with an ONNX file in it, predictions from that folder, and its speed."""
+    run, out = tmp_path / "run", tmp_path / "exported"
+    main([*fit(image_folder, run), "--trainer.max_epochs=1"])
+    main(["export", str(run), str(out), "--onnx=true"])
+    shown = capsys.readouterr().out
+    assert "model.onnx" in shown
+    assert "validation images" in shown
+    for source, name in ((run, "a.json"), (out, "b.json")):
+        main(["predict", str(source), str(image_folder / "val"), f"--out={tmp_path / name}", "--device=cpu"])
+    a, b = (json.loads((tmp_path / name).read_text())["images"] for name in ("a.json", "b.json"))
+    assert a == b
+    (tmp_path / "bad.png").write_bytes(b"no image")
+    good = image_folder / "val" / "zebra" / "000.png"
+    with pytest.raises(SystemExit) as stop:
+        main(["predict", str(run), str(good), str(tmp_path / "bad.png"), f"--out={tmp_path / 'c.csv'}", "--device=cpu"])
+    assert stop.value.code == 1
+    small = "--model_args={img_size: 32, patch_size: 8, embed_dim: 48, depth: 1, num_heads: 3}"
+    main(["benchmark", "vit_tiny_patch16_224_dhc2", small, "--batch_size=2", "--rounds=1", "--device=cpu"])
+    assert "| vit_tiny_patch16_224_dhc2 |" in capsys.readouterr().out
 
 
 def test_coverage(capsys):
@@ -453,7 +476,7 @@ def bad_generation(dit_run, image_folder, tmp_path):
     yield (*base, *DIT, "--model.label_smoothing=0.1"), "label_smoothing"
     yield (*base, *DIT, "--model.model=vit_tiny_patch16_224"), "vit_tiny_patch16_224 is no diffusion model"
     yield (*base, *DIT, "--data.img_size=32"), "the data are of size (3, 32, 32)"
-    yield ("predict", f"--config={dit_run / 'config.yaml'}"), "`hcvision sample` draws images"
+    yield ("predict", str(dit_run), str(image_folder)), "`hcvision sample` draws with it"
     yield ("sample", "nowhere"), "there is no checkpoint nowhere: neither a file nor the folder of a run"
     yield ("sample", str(dit_run), "--classes=[zebr]"), "unknown class 'zebr'; did you mean zebra?"
     yield ("sample", str(dit_run), "--classes=[7]"), "unknown class '7'; there are left-out, müller straße, zebra"

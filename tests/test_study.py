@@ -16,7 +16,7 @@ from hcvision import study
 from hcvision.cli import sample
 from hcvision.runs import first_difference
 from hcvision.sampling import Sampling, read_samples
-from hcvision.study import GenerationStudy, Study, TensorMemory, interleaved_ratios, read_curve, table
+from hcvision.study import GenerationStudy, Study, read_curve, table
 
 
 @pytest.fixture
@@ -161,32 +161,28 @@ def test_the_table_is_paired_by_seed():
     assert "1,010 (+1.00 %)" in dhc
 
 
-def test_ratios_are_of_the_same_round(monkeypatch):
-    clock = [0.0]
-    monkeypatch.setattr(study.time, "perf_counter", lambda: clock[0])
-    speed = [1.0]
+def test_costs_are_ratios_to_the_first_variant(make, monkeypatch):
+    """The median over rounds of the ratio in a round, which is not the ratio of medians, and memory beside it."""
+    times = {"residual": [1.0, 2.0, 9.0], "dhc2": [1.5, 4.0, 9.9], "dfc2": [3.0, 6.0, 27.0]}
+    peaks = {"residual": 100.0, "dhc2": 150.0, "dfc2": 110.0}
+    built = {}
 
-    def step(cost):
-        def run():
-            clock[0] += cost * speed[0]
-            speed[0] *= 1.01  # a machine that slows down all the time
+    def measure(names, build, rounds, device):
+        assert (rounds, device) == (2, "cpu")
+        for name in names:
+            built[name] = build(name)
+        return times, peaks
 
-        return run
-
-    ratios = interleaved_ratios({"residual": step(1.0), "dhc2": step(1.5)}, 20, "cpu")
-    assert ratios["residual"] == 1.0
-    assert ratios["dhc2"] == pytest.approx(1.5, rel=0.02)
-
-
-def test_memory_counts_storages_once_and_while_they_live():
-    with TensorMemory() as memory:
-        a = torch.zeros(1000)  # 4000 bytes
-        b = a.view(10, 100) + 1  # and 4000 more; the view is free
-        del b
-        c = torch.zeros(500)
-        del c
-    assert memory.peak == 8000
-    assert memory.now == 4000
+    monkeypatch.setattr(study, "measure", measure)
+    assert make().costs(lambda _: None) == {
+        "residual": {"time": 1.0, "memory": 1.0},
+        "dhc2": {"time": 1.5, "memory": 1.5},
+        "dfc2": {"time": 3.0, "memory": 1.1},
+    }
+    assert list(built) == ["residual", "dhc2", "dfc2"]
+    assert all(step() is None for step in built.values())
+    monkeypatch.setattr(study, "measure", lambda *_: pytest.fail("measured again"))
+    assert make().costs(lambda _: None)["dhc2"]["time"] == 1.5
 
 
 def test_difference_of_settings():
