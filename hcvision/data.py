@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import signal
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -488,6 +489,7 @@ class ImageData(pl.LightningDataModule):
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             collate_fn=collate,
+            worker_init_fn=outlive_signals,
             drop_last=training,
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator().manual_seed(self.seed + rank),
@@ -549,6 +551,12 @@ class ImageData(pl.LightningDataModule):
             if bad.path not in self.warned:
                 self.warned.add(bad.path)
                 warnings.warn(f"left out: {bad}", stacklevel=2)
+
+
+def outlive_signals(_: int) -> None:
+    """Have a loading process leave Ctrl-C and SIGTERM, which reach all processes, to the one that trains."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def count_workers(wanted: int | None) -> int:

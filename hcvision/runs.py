@@ -169,7 +169,7 @@ class StopCleanly(Checkpoint):
 
     def stop(self, trainer: pl.Trainer) -> None:
         path = checkpoint_folder(self.run) / "last.ckpt"
-        trainer.save_checkpoint(path)
+        trainer.save_checkpoint(path, weights_only=False)
         where = f"stopped after step {trainer.global_step} (epoch {trainer.current_epoch}); {path} holds it"
         raise Stopped(128 + (self.signal or signal.SIGTERM), where)
 
