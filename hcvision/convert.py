@@ -487,6 +487,7 @@ def register(base: str, connection: str) -> str:
         def build(**model_kwargs) -> nn.Module:
             # A residual checkpoint is loaded by timm's own entrypoint, as if we were not there.
             model = base_entrypoint(pretrained=pretrained and not own, pretrained_cfg=cfg, **model_kwargs)
+            model.pretrained_cfg = {**model.pretrained_cfg, "architecture": base}  # what it is without connections
             convert(model, connection, **{key.removeprefix("connection_"): value for key, value in options.items()})
             for step in more:
                 convert(model, **step)
@@ -512,6 +513,31 @@ def register(base: str, connection: str) -> str:
     default_cfgs.update(timm.models.generate_default_cfgs({name: cfg}))
     register_model(entrypoint)
     return name
+
+
+@register_model
+def hcvision_converted(
+    pretrained: bool = False, connection_architecture: str | None = None, pretrained_cfg_overlay=None, **kwargs
+) -> nn.Module:
+    """The model of a name such as ``swin_tiny_patch4_window7_224_dhc3``, which importing hcvision does not register.
+
+    Folders of the hub ask for it, so that ``timm.create_model`` builds what they hold; see ``hcvision.export``.
+
+    Raises:
+        ValueError: no such name is given, or its connection is unknown.
+        RuntimeError: its base is not a timm name.
+    """
+    base, _, connection = (connection_architecture or "").rpartition("_")
+    if not base:
+        raise ValueError(
+            "connection_architecture must be a timm name and a connection, such as 'vit_tiny_patch16_224_dhc3', "
+            f"got {connection_architecture!r}"
+        )
+    name = register(base, connection)
+    overlay = {**(pretrained_cfg_overlay or {}), "architecture": name}
+    model = timm.model_entrypoint(name)(pretrained, pretrained_cfg_overlay=overlay, **kwargs)
+    model.pretrained_cfg = model.default_cfg = {**model.pretrained_cfg, "architecture": "hcvision_converted"}
+    return model
 
 
 def _has_connections(cfg: Any, name: str) -> bool:

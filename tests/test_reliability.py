@@ -23,7 +23,13 @@ from hcvision_command import main
 PAGE = ROOT / "docs" / "reliability.md"
 SEEN: dict[str, str] = {}
 USED = "used"
-SHORT = ("--trainer.max_epochs=1", "--model.connection=residual", "--data.batch_size=1", "--trainer.logger=false", "--data.img_size=32")
+SHORT = (
+    "--trainer.max_epochs=1",
+    "--model.connection=residual",
+    "--data.batch_size=1",
+    "--trainer.logger=false",
+    "--data.img_size=32",
+)
 
 
 def pixels(mode="RGB", size=(40, 30)):
