@@ -14,7 +14,7 @@ import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal, NoReturn, get_origin
+from typing import Any, Literal, NoReturn
 
 import pytorch_lightning as pl
 import timm
@@ -305,19 +305,20 @@ def compare(arguments: list[str]) -> None:
 def run_function(function: Callable[..., Any]) -> Callable[[list[str]], int | None]:
     """A command whose options are the arguments of a function; those without default are positional.
 
-    A list without default takes one or more values. An int that the function returns is the exit code.
+    A list of text takes one or more words. An int that the function returns is the exit code.
     """
     text = function.__doc__ or ""
     parameters = inspect.signature(function).parameters.values()
-    lists = [p.name for p in parameters if p.default is p.empty and get_origin(p.annotation) is list]
+    lists = {p.name: p.default for p in parameters if p.annotation in (list[str], list[str] | None)}
 
     def run(arguments: list[str]) -> int | None:
         title = text.strip().splitlines()[0]
         parser = StudyParser(prog=f"hcvision {function.__name__.partition('_')[0]}", description=title)
         parser.add_function_arguments(function, as_positional=True, skip={"say", *lists})
-        for name in lists:
+        for name, default in lists.items():
             about = re.search(rf"^ *{name}: (.*)", text, re.MULTILINE)
-            parser.add_argument(name, nargs="+", type=str, help=about[1] if about else "")
+            names, more = ([name], {}) if default is inspect.Parameter.empty else ([f"--{name}"], {"default": default})
+            parser.add_argument(*names, nargs="+", type=str, help=about[1] if about else "", **more)
         result = function(**parser.instantiate_classes(parser.parse_args(arguments)).as_dict())
         return result if isinstance(result, int) else None
 

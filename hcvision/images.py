@@ -155,6 +155,7 @@ def walk_files(folder: Path) -> Iterator[str]:
         if (about.st_dev, about.st_ino) in seen:
             folders.clear()  # a link that leads back
         else:
+            folders.sort()
             seen.add((about.st_dev, about.st_ino))
             places.append((place, sorted(files)))
     for place, files in sorted(places):

@@ -164,7 +164,7 @@ def bad_cases(image_folder, tmp_path):
     yield fit(image_folder, tmp_path / "r", "--data.batchsize=4"), "did you mean --data.batch_size"
     yield fit(image_folder, tmp_path / "r", "--resume=true"), "nothing to resume"
     yield fit(image_folder, tmp_path / "r", "--ckpt_path=none.ckpt"), "there is no checkpoint none.ckpt"
-    yield ("fitt",), "unknown command 'fitt'; the commands: fit, validate, test, predict, compare"
+    yield ("fitt",), "unknown command 'fitt'; did you mean fit?; the commands: fit, validate, test, predict, export"
     yield ("compare", "--variants=[dhc2]"), "required"
     yield fit(damaged, tmp_path / "damaged-run"), f"cannot read image {bad}"
 
@@ -537,7 +537,8 @@ def test_every_config_parses_and_its_models_build(path, monkeypatch, tmp_path):
             main(["fit", f"--config={path}"])
     for model in models:
         with torch.device("meta"):
-            built_model = hcvision.create_model(model["model"], model["connection"], **model["model_args"])
+            arguments = {**model["model_args"], "pretrained": False}
+            built_model = hcvision.create_model(model["model"], model["connection"], **arguments)
         assert {parameter.device.type for parameter in built_model.parameters()} == {"meta"}
 
 
