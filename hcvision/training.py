@@ -33,6 +33,7 @@ from hcvision.dit import DiT, averaged_weights
 from hcvision.latents import decode, load_vae
 from hcvision.runs import best_checkpoint, read_checkpoint
 from hcvision.sampling import Sampling, columns_of, enlarge, grid, to_uint8
+from hcvision.sharding import hold_whole, number_by_module, shard
 
 SCHEDULES = ("cosine", "tanh", "poly", "step", "multistep", "wsd", "constant")
 
@@ -162,6 +163,8 @@ class TimmModule(pl.LightningModule):
         if isinstance(self.data, ImageData):
             self.data.skip_batches(self.batches_done)
         self.batches_done = 0
+        if self.trainer.global_step:
+            self.lr_scheduler_step(self.lr_schedulers(), None)  # type: ignore[arg-type]
         self.hold_still()
 
     def on_train_epoch_start(self) -> None:
@@ -192,8 +195,25 @@ class TimmModule(pl.LightningModule):
     def setup(self, stage: str) -> None:
         if isinstance(self.data, ImageData):
             self.check_data(self.data)
+        if self.device_mesh is not None:  # here, as EMAWeightAveraging warns of classes that define it
+            self.configure_model = self.shard_weights  # type: ignore[method-assign]
         if self.hparams["compile"]:
             self.model.compile()
+
+    def shard_weights(self) -> None:
+        shard(self, self.model)
+
+    def on_validation_start(self) -> None:
+        hold_whole(self.model)
+
+    def on_validation_end(self) -> None:
+        hold_whole(self.model, False)
+
+    def on_test_start(self) -> None:
+        hold_whole(self.model)
+
+    def on_predict_start(self) -> None:
+        hold_whole(self.model)
 
     def check_data(self, data: ImageData) -> None:
         """Raise ValueError when the model cannot be trained on these data."""
@@ -231,7 +251,8 @@ class TimmModule(pl.LightningModule):
         values = [self.last_loss]
         if self.trainer.precision != "16-mixed":  # there the scaler leaves out what overflows
             values.append(nn.utils.get_total_norm([p.grad for p in self.parameters() if p.grad is not None]))
-        if all(bool(value.isfinite()) for value in values):
+        finite = all(bool(value.isfinite()) for value in values)
+        if self.trainer.strategy.reduce_boolean_decision(finite):  # or some processes would wait for others forever
             return
         self.skipped += 1
         what = "loss" if not self.last_loss.isfinite() else "gradient"
@@ -250,6 +271,8 @@ class TimmModule(pl.LightningModule):
         """Add how the images were prepared, what the classes are called, and where in the epoch this is."""
         progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress
         checkpoint["batches_done"] = 0 if progress.is_last_batch else progress.current.processed
+        for optimizer, state in zip(self.trainer.optimizers, checkpoint.get("optimizer_states", ()), strict=False):
+            number_by_module(state, optimizer, self)
         if isinstance(self.data, ImageData):
             config = {key: list(v) if isinstance(v, tuple) else v for key, v in self.data.data_config().items()}
             checkpoint["data_config"], checkpoint["class_names"] = config, self.data.class_names
@@ -342,6 +365,8 @@ class TimmModule(pl.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Raise ValueError when the checkpoint is of another architecture."""
         self.batches_done = checkpoint.get("batches_done", 0)
+        # the schedule is that of this run, which may have more epochs; the step says where in it we are
+        checkpoint["lr_schedulers"] = [{} for _ in checkpoint.get("lr_schedulers", ())]
         theirs = checkpoint.get("hyper_parameters", {})
         for name in self.identity:
             if name in theirs and theirs[name] != self.hparams[name]:
@@ -349,6 +374,8 @@ class TimmModule(pl.LightningModule):
                     f"the checkpoint is of another architecture: {name} is {theirs[name]!r} there and "
                     f"{self.hparams[name]!r} here"
                 )
+        if "state_dict" not in checkpoint:  # ModelParallelStrategy has loaded it
+            return
         difference = compare_states(self.state_dict(), checkpoint["state_dict"])
         if difference:
             raise ValueError(f"the checkpoint is of another architecture: {difference}")

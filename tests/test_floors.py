@@ -19,7 +19,7 @@ FLOORS = (
     {"diffusion", "images", "streaming", "fashion"},
     {"data"},
     {"runs"},
-    {"latents", "sampling"},
+    {"latents", "sampling", "sharding"},
     {"training"},
     {"evaluation", "prediction", "benchmark"},
     {"scoring"},

@@ -875,3 +875,24 @@ def test_macro_accuracy_is_the_mean_over_classes(build, trainer_args, image_fold
     assert trainer.callback_metrics["val_macro"].item() == pytest.approx(sum(recalls) / 3)
     assert trainer.callback_metrics["val_top1"].item() == pytest.approx((predicted == targets).float().mean().item())
     assert trainer.callback_metrics["val_macro"] != trainer.callback_metrics["val_top1"]
+
+
+def test_a_run_that_gets_more_epochs_follows_their_schedule(build, fit, images, trainer_args, tmp_path):
+    """Not that of the epochs before, which has ended: the rest would be trained with a rate of zero."""
+
+    class Rates(pl.Callback):
+        def __init__(self):
+            self.rates = []
+
+        def on_train_batch_start(self, trainer, *_):
+            self.rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+    whole, rest = Rates(), Rates()
+    fit(build(lr=1e-3, warmup_steps=3), 4, callbacks=[whole])
+    trainer = fit(build(lr=1e-3, warmup_steps=3), 2)
+    trainer.save_checkpoint(tmp_path / "a.ckpt", weights_only=False)
+    model = build(lr=1e-3, warmup_steps=3)
+    trainer = pl.Trainer(max_epochs=4, callbacks=[rest], **trainer_args)
+    trainer.fit(model, images(), ckpt_path=tmp_path / "a.ckpt", weights_only=True)
+    assert rest.rates == whole.rates[18:]
+    assert min(rest.rates) > 0
