@@ -22,6 +22,7 @@ import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser
 from pytorch_lightning.callbacks import LambdaCallback
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from tqdm import tqdm
 
 from hcvision.benchmark import benchmark
@@ -150,6 +151,16 @@ class CommandLine(LightningCLI):
             raise FileNotFoundError(f"there is nothing to resume or score: no checkpoint in {self.run_folder}")
         return checkpoint
 
+    def instantiate_classes(self) -> None:
+        """A checkpoint brings all weights: no others are looked for, which may not be there any more."""
+        model = self.config[self.subcommand]["model"]
+        kept = {key: model[key] for key in ("init_from", "pretrained")}
+        if self.checkpoint is not None:
+            model["init_from"], model["pretrained"] = None, False
+        super().instantiate_classes()
+        for key, value in kept.items():  # as the run's configuration says
+            model[key] = value
+
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         config = self.config_init[self.subcommand]["trainer"]
         if self.subcommand != "fit":  # nothing new to log
@@ -159,7 +170,9 @@ class CommandLine(LightningCLI):
         config["callbacks"], config["plugins"] = arguments.pop("callbacks"), arguments.pop("plugins", None)
         config["callbacks"].append(LambdaCallback(on_exception=self.remember_stage))
         if self.subcommand == "test" and self.task == "classify":
-            config["callbacks"].append(ClassReport(self.run_folder / "test"))
+            place = Path(self.checkpoint or "").absolute().parent
+            run = place.parent if place.name == checkpoint_folder(Path()).name else self.run_folder
+            config["callbacks"].append(ClassReport(run / "test"))
         return super().instantiate_trainer(**arguments, **kwargs)
 
     def before_fit(self) -> None:
@@ -168,6 +181,7 @@ class CommandLine(LightningCLI):
         self.datamodule.check_batch_size(self.trainer.world_size)
         if self.checkpoint is not None:
             self.model.on_load_checkpoint(read_checkpoint(self.checkpoint))
+            self.model.check_place(self.datamodule, self.trainer.world_size)
         if self.resuming:
             print(f"resuming {self.run_folder} from {self.checkpoint}")
         if is_first_process():
@@ -566,7 +580,7 @@ def run(arguments: list[str]) -> None:
         sys.exit(stop.code)
     except KeyboardInterrupt:
         fail("interrupted", code=130)
-    except (ValueError, OSError, MemoryError) as error:
+    except (ValueError, OSError, MemoryError, MisconfigurationException) as error:
         if os.environ.get("HCVISION_DEBUG"):
             raise
         fail(f"{error} (HCVISION_DEBUG=1 shows where)")

@@ -124,8 +124,11 @@ class EpochSampler(DistributedSampler):
     """DistributedSampler that says the epoch with every index, and leaves out the first ``skip`` once."""
 
     skip = 0
+    trainer: Any = None  # whose epoch it is; a run that ended in the middle of one goes on with the same
 
     def __iter__(self) -> Iterator[Any]:
+        if self.trainer is not None:
+            self.set_epoch(self.trainer.current_epoch)
         indices, self.skip = itertools.islice(super().__iter__(), self.skip, None), 0
         return ((self.epoch, index) for index in indices)
 
@@ -342,13 +345,19 @@ class ImageData(pl.LightningDataModule):
                     "or val_fraction must say how much of it is for validation"
                 )
         else:
-            rows = {"train": self._read_table(one)}
+            every, (train, val, test) = self._read_table(one), self.splits.values()
+            if any(row.split == val for row in every):
+                raise ValueError(f"{one} says which images are for validation ({val}), and val_fraction too; give one")
+            rows = {"train": [row for row in every if row.split in ("", train)]}
+            rows["test"] = [row for row in every if row.split == test]
+            if self.root.is_dir() and tables["test"].is_file():
+                rows["test"] += self._read_table(tables["test"])
         classes = find_classes(rows["train"])
         bases = {stage: Table(part, classes, self.multi_label) for stage, part in rows.items() if part}
         self.stages = {stage: (base, range(len(base))) for stage, base in bases.items()}
         if self.val_fraction is not None:
-            train, val = split_by_class(bases["train"].targets, self.val_fraction, self.split_seed)
-            self.stages = {"train": (bases["train"], train), "val": (bases["train"], val)}
+            chosen, held_out = split_by_class(bases["train"].targets, self.val_fraction, self.split_seed)
+            self.stages |= {"train": (bases["train"], chosen), "val": (bases["train"], held_out)}
         self.class_names, self.num_classes = classes, len(classes)
 
     def _read_table(self, path: Path) -> list[Row]:
@@ -480,6 +489,10 @@ class ImageData(pl.LightningDataModule):
                 mixed = not isinstance(dataset, StreamedImages)  # the stream comes shuffled
                 sampler = order(dataset, world, rank, shuffle=mixed, seed=self.seed, drop_last=True)
                 self.train_sampler = sampler
+                if isinstance(sampler, EpochSampler):
+                    sampler.trainer = trainer
+            elif world > len(dataset):
+                raise ValueError(f"there are {len(dataset)} images to evaluate, too few for {world} processes")
             elif world > 1:
                 sampler = UnrepeatedDistributedSampler(dataset, world, rank, shuffle=False)
         return Loader(

@@ -17,7 +17,7 @@ from torchmetrics.classification import (
 )
 
 from hcvision.images import printable
-from hcvision.runs import markdown, write_csv
+from hcvision.runs import markdown, write_cells, write_csv, write_json
 
 SHOWN = 20  # classes of the table that is printed
 
@@ -63,16 +63,12 @@ class ClassReport(pl.Callback):
         data = trainer.datamodule  # type: ignore[attr-defined]
         names = data.class_names or [str(number) for number in range(len(self.count))]
         self.folder.mkdir(parents=True, exist_ok=True)
+        write_json(self.folder / "about.json", {"checkpoint": str(trainer.ckpt_path), "data": str(data.root)})
         if "confusion" in scores:
             matrix = scores["confusion"].cpu()
             rows = count_confusions(matrix, names)
-            write_csv(
-                self.folder / "confusion.csv",
-                [
-                    dict(zip(["class", *names], [name, *line], strict=True))
-                    for name, line in zip(names, matrix.tolist(), strict=True)
-                ],
-            )
+            lines = [[name, *line] for name, line in zip(names, matrix.tolist(), strict=True)]
+            write_cells(self.folder / "confusion.csv", [["class", *names], *lines])
             draw_confusion(matrix, names).savefig(self.folder / "confusion.png", dpi=150)
         else:
             values = {name: value.tolist() for name, value in scores.items()}

@@ -83,9 +83,15 @@ def export(
                 program = _trace(classifier)
             _save_onnx(classifier, program, new / ONNX, opset)
             _check(ONNX, _open_onnx(new / ONNX), classifier, batches)
+        old = Path(place) / "old"
         if folder.exists():
-            folder.rename(Path(place) / "old")
-        new.rename(folder)
+            folder.rename(old)
+        try:
+            new.rename(folder)
+        except OSError:
+            if old.exists():
+                old.rename(folder)
+            raise
     files = sorted((file.name, file.stat().st_size) for file in folder.iterdir())
     sizes = [
         f"{name} ({size / 1e6:.1f} MB)" if size >= 1e6 else f"{name} ({size / 1e3:.1f} kB)" for name, size in files

@@ -237,7 +237,7 @@ def read_table(path: Path, file_column: str, label_column: str, separator: str |
                 image = path.parent / name
                 if not image.is_file():
                     missing.append(f"{path}, line {reader.line_num}: there is no file {image}")
-                rows.append(Row(str(image), labels, cells.get("split") or ""))
+                rows.append(Row(str(image), labels, (cells.get("split") or "").strip()))
     except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"{path} is no CSV file in UTF-8: {error}") from error
     if missing:

@@ -8,19 +8,25 @@ import os
 import pickle
 import re
 import signal
+import struct
 import sys
 import threading
 import time
 import warnings
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Checkpoint, LearningRateMonitor, ModelCheckpoint, ProgressBar, TQDMProgressBar
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 from pytorch_lightning.plugins import CheckpointIO, TorchCheckpointIO
+
+UNREADABLE = (  # what torch.load says of files that are something else, or damaged
+    *(RuntimeError, OSError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile, struct.error),
+    *(ValueError, TypeError, LookupError, AttributeError),
+)
 
 
 class Progress(TQDMProgressBar):
@@ -134,6 +140,7 @@ class StopCleanly(Checkpoint):
     def __init__(self, run: Path):
         self.run = run
         self.signal: int | None = None
+        self.was_asked = False  # in a training that was over before it could stop
         self.handlers: dict[int, Any] = {}
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -160,8 +167,11 @@ class StopCleanly(Checkpoint):
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs, batch, batch_idx) -> None:
         updated = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
-        # the last step of an epoch is followed by a validation, whose result belongs to the run
-        if updated and not trainer.is_last_batch and self.is_wanted(trainer):
+        # what follows the last step of an epoch, and some others, is a validation, whose result belongs to the run
+        every = getattr(trainer, "val_check_batch", None) or float("inf")
+        validated = trainer.is_last_batch or (trainer.fit_loop.total_batch_idx + 1) % every == 0
+        validated |= (batch_idx + 1) % every == 0
+        if updated and not validated and self.is_wanted(trainer):
             self.stop(trainer)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -171,10 +181,13 @@ class StopCleanly(Checkpoint):
     def stop(self, trainer: pl.Trainer) -> None:
         path = checkpoint_folder(self.run) / "last.ckpt"
         trainer.save_checkpoint(path, weights_only=False)
-        where = f"stopped after step {trainer.global_step} (epoch {trainer.current_epoch}); {path} holds it"
+        self.leave(f"stopped after step {trainer.global_step} (epoch {trainer.current_epoch}); {path} holds it")
+
+    def leave(self, where: str) -> NoReturn:
         raise Stopped(128 + (self.signal or signal.SIGTERM), where)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.was_asked = self.is_wanted(trainer)
         self.give_back()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
@@ -192,9 +205,12 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     try:
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Detected pickle protocol")  # of what is refused
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0]
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+            if not isinstance(content, dict):
+                raise ValueError(f"it holds a {type(content).__name__}")
+            return content
+    except UNREADABLE as error:
+        reason = (str(error).splitlines() or ["it is empty"])[0]
         if isinstance(error, pickle.UnpicklingError):
             foreign = re.search(r"GLOBAL ([\w.]+)", str(error))
             reason = "it is not weights alone, and reading the rest could run code"
@@ -277,10 +293,13 @@ def write_json(path: Path, value: Any) -> None:
 
 def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
     """Write rows with the same keys, whole or not at all."""
+    write_cells(path, [[*rows[0]], *([*row.values()] for row in rows)])
+
+
+def write_cells(path: Path, rows: list[list[Any]]) -> None:
+    """Write a CSV file of a header and rows, whole or not at all."""
     text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, list(rows[0]))
-    writer.writeheader()
-    writer.writerows(rows)
+    csv.writer(text).writerows(rows)
     write_whole(path, text.getvalue().encode("utf-8", "surrogateescape"))
 
 

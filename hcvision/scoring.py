@@ -33,6 +33,12 @@ from hcvision.training import ImageClassifier
 SMALL_CNN, CNN_SIZE = "resnet10t", {"channels": [32, 64, 96, 128], "output_stride": 16}
 
 
+DATA = {  # what of a run's data the small classifier takes
+    *("dataset", "root", "file_column", "label_column", "val_fraction", "split_seed", "train_split", "val_split"),
+    *("num_workers", "num_classes"),
+}
+
+
 class Extractor:
     """Features and logits of images."""
 
@@ -142,7 +148,9 @@ def train_classifier(
     """
     about = folder / "classifier.json"
     channels = input_size[0]
-    kept = {key: data[key] for key in ("dataset", "root", "val_fraction", "num_workers", "num_classes") if key in data}
+    if data.get("multi_label"):
+        raise ValueError("the small classifier takes one label per image, not several (multi_label)")
+    kept = {key: data[key] for key in data if key in DATA}
     half, whole = [0.5] * channels, (1.0, 1.0)
     images = ImageData(
         **kept, eval_batch_size=500, hflip=0.0, scale=whole, ratio=whole, crop_pct=1.0, mean=half, std=half

@@ -25,6 +25,7 @@ from hcvision.connections import parse_connection
 from hcvision.data import TIMM_PREFIXES, ImageData
 from hcvision.latents import decode, load_vae
 from hcvision.runs import (
+    StopCleanly,
     equip,
     first_difference,
     is_first_process,
@@ -111,6 +112,8 @@ class Study:
                 raise ValueError(f"{what} must be one or more different ones, got {values}")
         for variant in variants:
             parse_connection(variant)
+        if data.get("multi_label") or model.get("multi_label"):
+            raise ValueError("a study reports top-1, which images with several labels (multi_label) do not have")
         self.out, self.title, self.variants, self.seeds = Path(out), title, variants, seeds
         self.model, self.data, self.trainer = model, data, trainer
         self.timing_rounds = timing_rounds
@@ -205,6 +208,9 @@ class Study:
         }
         if is_first_process():
             write_json(folder / "result.json", result)
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, StopCleanly) and callback.was_asked:
+                callback.leave(f"stopped after {variant}, seed {seed}")
         return result
 
     def score(self, folder: Path, model: Any, metrics: dict[str, float]) -> dict[str, float | None]:

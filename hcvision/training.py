@@ -18,12 +18,18 @@ from safetensors import SafetensorError
 from timm.data import Mixup, resolve_model_data_config
 from timm.loss import SoftTargetCrossEntropy
 from timm.models import get_model_input_config, load_state_dict, load_state_dict_from_hf
+from timm.models._hub import load_model_config_from_hf, load_model_config_from_path
 from timm.optim import create_optimizer_v2, list_optimizers
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, MetricCollection
-from torchmetrics.classification import MulticlassAccuracy, MultilabelAveragePrecision, MultilabelF1Score
+from torchmetrics.classification import (
+    MulticlassAccuracy,
+    MulticlassStatScores,
+    MultilabelAveragePrecision,
+    MultilabelF1Score,
+)
 
 from hcvision.connections import Connection
 from hcvision.convert import checkpoint_filter_fn, create_model
@@ -121,12 +127,16 @@ class TimmModule(pl.LightningModule):
             find_weights(init_from)
         self.save_hyperparameters()
         load_pretrained = pretrained and init_from is None
-        self.model = create_model(
-            model, connection, pretrained=load_pretrained, num_classes=num_classes, **(model_args or {})
-        )
+        try:
+            self.model = create_model(
+                model, connection, pretrained=load_pretrained, num_classes=num_classes, **(model_args or {})
+            )
+        except TypeError as error:
+            raise ValueError(f"{model} does not take these model_args: {error}") from error
         self.check_model(model)
         self.skipped, self.last_loss = 0, torch.zeros(())
         self.batches_done = 0  # of the epoch in which a run goes on
+        self.images_per_step: list[int] | None = None  # processes and images of each, in these batches
         # the pretrained weights' view of images, at the size and channels this model was built for
         self.data_config = resolve_model_data_config(self.model)
         self.data_config["input_size"] = get_model_input_config(self.model)["input_size"]
@@ -136,6 +146,7 @@ class TimmModule(pl.LightningModule):
         if grad_checkpointing:
             self.checkpoint_gradients(model)
         self.frozen: list[nn.Parameter] = []
+        self.fixed = {name for name, parameter in self.model.named_parameters() if not parameter.requires_grad}
         if linear_probe:
             for parameter in self.trunk(connections=True):
                 parameter.requires_grad_(False)
@@ -147,7 +158,7 @@ class TimmModule(pl.LightningModule):
             raise ValueError(f"grad_checkpointing does not work with {name}: timm has none for it") from error
 
     def trunk(self, connections: bool = False) -> list[nn.Parameter]:
-        """What is not the head, with or without the connections.
+        """What is trained and not the head, with or without the connections.
 
         Raises:
             ValueError: timm does not say what the head is.
@@ -155,17 +166,27 @@ class TimmModule(pl.LightningModule):
         if not self.head_names:
             raise ValueError(f"timm does not say which part of {self.hparams['model']} is the head")
         own = set() if connections else {id(parameter) for parameter in connection_parameters(self.model)}
-        parameters = self.model.named_parameters()
+        parameters = [(name, p) for name, p in self.model.named_parameters() if name not in self.fixed]
         return [p for name, p in parameters if not name.startswith(self.head_names) and id(p) not in own]
 
     def on_train_start(self) -> None:
         """Begin where the run was stopped."""
         if isinstance(self.data, ImageData):
+            self.check_place(self.data, self.trainer.world_size)
             self.data.skip_batches(self.batches_done)
         self.batches_done = 0
         if self.trainer.global_step:
             self.lr_scheduler_step(self.lr_schedulers(), None)  # type: ignore[arg-type]
         self.hold_still()
+
+    def check_place(self, data: ImageData, processes: int) -> None:
+        """Raise ValueError when a run would go on in the middle of an epoch with other batches than before."""
+        if self.batches_done and self.images_per_step not in (None, [processes, data.batch_size]):
+            before, now = (f"{n} x {size} images" for n, size in (self.images_per_step, (processes, data.batch_size)))
+            raise ValueError(
+                f"the checkpoint is from the middle of an epoch with {before} a batch (processes x batch_size), "
+                f"got {now}; give the same until the epoch ends, or --ckpt_path of the end of one"
+            )
 
     def on_train_epoch_start(self) -> None:
         self.hold_still()
@@ -276,6 +297,7 @@ class TimmModule(pl.LightningModule):
         if isinstance(self.data, ImageData):
             config = {key: list(v) if isinstance(v, tuple) else v for key, v in self.data.data_config().items()}
             checkpoint["data_config"], checkpoint["class_names"] = config, self.data.class_names
+            checkpoint["images_per_step"] = [self.trainer.world_size, self.data.batch_size]
 
     def configure_optimizers(self) -> Any:
         hparams = self.hparams
@@ -336,7 +358,11 @@ class TimmModule(pl.LightningModule):
             Names of parameters that keep their initial values: the connections of a residual
             checkpoint, the head of one with other classes.
         """
-        state = self.read_weights(find_weights(source)) if not is_remote(source) else download_weights(source)
+        if is_remote(source):
+            state, config = download_weights(source)
+            self.prepare_as(config)
+        else:
+            state = self.read_weights(find_weights(source))
         if any(name.startswith("model.") for name in state):
             state = {name.removeprefix("model."): value for name, value in state.items() if name.startswith("model.")}
         given = set(state)
@@ -354,17 +380,25 @@ class TimmModule(pl.LightningModule):
     def read_weights(self, path: Path) -> dict[str, Tensor]:
         """The weights in a file, averaged if it has such. A checkpoint of ours also says how images are prepared."""
         if path.suffix != ".safetensors":
-            config = read_checkpoint(path).get("data_config", {})
-            if "mean" in config and len(config["mean"]) == self.data_config["input_size"][0]:
-                self.data_config |= {key: value for key, value in config.items() if key != "input_size"}
+            self.prepare_as(read_checkpoint(path).get("data_config", {}))
+        elif path.with_name("config.json").is_file():
+            self.prepare_as(load_model_config_from_path(path.parent)[0])
         try:
             return averaged_weights(str(path)) or load_state_dict(str(path), use_ema=True)
         except SafetensorError as error:
             raise ValueError(f"{path} is no safetensors file, or a damaged one: {error}") from error
 
+    def prepare_as(self, config: dict[str, Any]) -> None:
+        """Prepare images as ``config`` says, where it is for as many channels; data may say otherwise."""
+        keys = ("mean", "std", "interpolation", "crop_pct")
+        if all(key in config for key in keys) and len(config["mean"]) == self.data_config["input_size"][0]:
+            self.data_config |= {key: config[key] for key in keys}
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Raise ValueError when the checkpoint is of another architecture."""
         self.batches_done = checkpoint.get("batches_done", 0)
+        self.images_per_step = checkpoint.get("images_per_step")
+        self.prepare_as(checkpoint.get("data_config", {}))
         # the schedule is that of this run, which may have more epochs; the step says where in it we are
         checkpoint["lr_schedulers"] = [{} for _ in checkpoint.get("lr_schedulers", ())]
         theirs = checkpoint.get("hyper_parameters", {})
@@ -379,6 +413,14 @@ class TimmModule(pl.LightningModule):
         difference = compare_states(self.state_dict(), checkpoint["state_dict"])
         if difference:
             raise ValueError(f"the checkpoint is of another architecture: {difference}")
+
+
+class MacroAccuracy(MulticlassStatScores):
+    """The mean over classes of the share of their images that are found; over those that have images."""
+
+    def compute(self) -> Tensor:
+        right, *_, images = super().compute().double().unbind(-1)
+        return (right / images)[images > 0].mean().float()
 
 
 class ImageClassifier(TimmModule):
@@ -397,6 +439,8 @@ class ImageClassifier(TimmModule):
         ValueError: an unknown model, optimizer or schedule, with the nearest names.
     """
 
+    identity = (*TimmModule.identity, "multi_label")
+
     def __init__(
         self,
         model: str,
@@ -408,6 +452,10 @@ class ImageClassifier(TimmModule):
         multi_label: bool = False,
         **kwargs: Any,
     ):
+        if kwargs.get("num_classes", 2) < 2 and not multi_label:
+            raise ValueError(
+                f"num_classes must be at least 2, got {kwargs['num_classes']}: there is nothing to tell apart"
+            )
         if multi_label and (label_smoothing or mixup or cutmix):
             raise ValueError("label_smoothing, mixup and cutmix are for one label per image, not for multi_label")
         super().__init__(model, **kwargs)
@@ -428,7 +476,7 @@ class ImageClassifier(TimmModule):
         scores: dict[str, Any] = {"map": MultilabelAveragePrecision(classes), "f1": MultilabelF1Score(classes)}
         if not multi_label:
             scores = {f"top{k}": MulticlassAccuracy(classes, top_k=k, average="micro") for k in (1, 5) if k <= classes}
-            scores["macro"] = MulticlassAccuracy(classes, average="macro")  # the mean over classes
+            scores["macro"] = MacroAccuracy(classes, average=None)
             self.train_top1 = MulticlassAccuracy(classes, average="micro")
         self.val_metrics = MetricCollection(scores, prefix="val_")
         self.test_metrics = self.val_metrics.clone(prefix="test_")
@@ -728,16 +776,17 @@ def find_weights(source: str) -> Path:
     return path
 
 
-def download_weights(source: str) -> dict[str, Tensor]:
-    """The weights of a repository of the Hugging Face hub.
+def download_weights(source: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The weights of a repository of the Hugging Face hub, and how images are prepared for them.
 
     Raises:
         ValueError: they cannot be had.
     """
     try:
-        return load_state_dict_from_hf(source.removeprefix("hf-hub:"), weights_only=True)
+        place = source.removeprefix("hf-hub:")
+        return load_state_dict_from_hf(place, weights_only=True), load_model_config_from_hf(place)[0]
     except (OSError, ValueError, RuntimeError) as error:
-        raise ValueError(f"no weights from {source}: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"no weights from {source}: {' '.join(str(error).split())}") from error
 
 
 def connection_parameters(model: nn.Module) -> list[nn.Parameter]:
