@@ -553,6 +553,7 @@ def quieten() -> None:
     warnings.filterwarnings("ignore", message=".*smaller than the logging interval.*")
     warnings.filterwarnings("ignore", message=".*exists and is not empty.*")
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+    warnings.filterwarnings("ignore", message=".*your dataloader is not resumable.*")  # ours is, in its own way
     warnings.filterwarnings("ignore", message=".*is not supported by the model summary.*")
     warnings.filterwarnings("ignore", message=".*loading a checkpoint outside the .fit. stage.*")  # the average itself
     warnings.filterwarnings("ignore", message=".*args parameter is intended to run from within Python.*")

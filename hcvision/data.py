@@ -124,11 +124,8 @@ class EpochSampler(DistributedSampler):
     """DistributedSampler that says the epoch with every index, and leaves out the first ``skip`` once."""
 
     skip = 0
-    trainer: Any = None  # whose epoch it is; a run that ended in the middle of one goes on with the same
 
     def __iter__(self) -> Iterator[Any]:
-        if self.trainer is not None:
-            self.set_epoch(self.trainer.current_epoch)
         indices, self.skip = itertools.islice(super().__iter__(), self.skip, None), 0
         return ((self.epoch, index) for index in indices)
 
@@ -489,8 +486,6 @@ class ImageData(pl.LightningDataModule):
                 mixed = not isinstance(dataset, StreamedImages)  # the stream comes shuffled
                 sampler = order(dataset, world, rank, shuffle=mixed, seed=self.seed, drop_last=True)
                 self.train_sampler = sampler
-                if isinstance(sampler, EpochSampler):
-                    sampler.trainer = trainer
             elif world > len(dataset):
                 raise ValueError(f"there are {len(dataset)} images to evaluate, too few for {world} processes")
             elif world > 1:

@@ -292,6 +292,10 @@ class TimmModule(pl.LightningModule):
         """Add how the images were prepared, what the classes are called, and where in the epoch this is."""
         progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress
         checkpoint["batches_done"] = 0 if progress.is_last_batch else progress.current.processed
+        if checkpoint["batches_done"]:  # max_steps has Lightning count an epoch as done that is not
+            for counts in checkpoint["loops"]["fit_loop"]["epoch_progress"].values():
+                counts["processed"] = counts["completed"] = counts["ready"] - 1
+            checkpoint["epoch"] = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["completed"]
         for optimizer, state in zip(self.trainer.optimizers, checkpoint.get("optimizer_states", ()), strict=False):
             number_by_module(state, optimizer, self)
         if isinstance(self.data, ImageData):

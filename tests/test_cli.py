@@ -265,6 +265,13 @@ def test_what_init_from_had_nothing_for_is_said(image_folder, tmp_path, capsys):
     main([*fit(image_folder, tmp_path / "b"), f"--model.init_from={tmp_path / 'a'}", "--trainer.max_epochs=1"])
     shown = capsys.readouterr().out
     assert f"weights of {tmp_path / 'a'}; 24 parameters of connections keep their initial values" in shown
+    shutil.rmtree(tmp_path / "a")  # a checkpoint needs it no more
+    config = tmp_path / "b" / "config.yaml"
+    before = config.read_text()
+    main(["test", f"--config={config}"])
+    main([*fit(image_folder, tmp_path / "b"), f"--config={config}", "--resume=true", "--trainer.max_epochs=2"])
+    assert yaml.safe_load(config.read_text())["model"]["init_from"] == str(tmp_path / "a")
+    assert yaml.safe_load(before)["model"]["init_from"] == str(tmp_path / "a")
 
 
 def test_a_full_disk_keeps_the_last_checkpoint(image_folder, tmp_path):

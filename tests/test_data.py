@@ -315,3 +315,22 @@ def test_files_that_are_no_images_are_named(image_folder, tmp_path):
     (root / "train" / "zebra" / "notes.txt").write_text("no image")
     with pytest.warns(UserWarning, match=r"left out, no images by their names: 'notes.txt' \(1 in .*images\)"):
         ImageData(root=str(root), batch_size=8)
+
+
+def test_rows_for_testing_stay_out_of_training(image_folder, tmp_path):
+    """A fraction of a table that says what is for testing is taken of the rest."""
+    lines = [
+        f"{p},{p.parent.name},{' test ' if p.parent.parent.name == 'val' else ''}"
+        for p in image_folder.glob("*/*/*.png")
+    ]
+    (tmp_path / "t.csv").write_text("\n".join(["file,label,split", *lines]))
+    data = ImageData("csv", root=str(tmp_path / "t.csv"), val_fraction=0.25, batch_size=8, num_workers=0)
+    for stage, folder, count in (("train", "train", 54), ("val", "train", 18), ("test", "val", 39)):
+        base, indices = data.stages[stage]
+        assert len(indices) == count
+        assert {base.samples[index][0].split("/")[-3] for index in indices} == {folder}
+    (tmp_path / "t.csv").write_text("\n".join(["file,label,split", *(line.replace(" test ", "val") for line in lines)]))
+    with pytest.raises(
+        ValueError, match=r"says which images are for validation \(val\), and val_fraction too; give one"
+    ):
+        ImageData("csv", root=str(tmp_path / "t.csv"), val_fraction=0.25)

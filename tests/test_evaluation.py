@@ -1,6 +1,7 @@
 """Classes one by one: the numbers, the table and the picture."""
 
 import csv
+import json
 
 import pytest
 import pytorch_lightning as pl
@@ -76,4 +77,6 @@ def test_report_of_a_test(image_folder, tmp_path, trainer_args, tiny, capsys, mu
             for true, predicted in zip(batch.targets, model.eval()(batch.images).argmax(1), strict=True):
                 expected[true, predicted] += 1
     assert torch.equal(matrix, expected)
+    about = json.loads((tmp_path / "test" / "about.json").read_text())
+    assert about["data"] == str(tmp_path / "t.csv")
     assert (tmp_path / "test" / "confusion.png").is_file()

@@ -66,3 +66,20 @@ def test_checkpoints_are_written_beside_their_place(tmp_path, monkeypatch):
     """Never in the folder for temporary files, from where a move may be a copy."""
     monkeypatch.setattr("tempfile.mkstemp", None)
     assert train(tmp_path / "a", 2) == {"last": 1, "best": 1}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"hello world", b"PK\x03\x04 no archive", b"\x80\x02}q\x00.", b"\x80\x05K\x01.", b"(lp0\n", b"\x00" * 100],
+)
+def test_whatever_is_no_checkpoint_is_refused_in_one_line(tmp_path, content):
+    (tmp_path / "a.ckpt").write_bytes(content)
+    with pytest.raises(ValueError, match=r"a\.ckpt is no checkpoint, or a damaged one: \S") as error:
+        read_checkpoint(tmp_path / "a.ckpt")
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_a_list_is_no_checkpoint(tmp_path):
+    torch.save([1, 2], tmp_path / "a.pth")
+    with pytest.raises(ValueError, match="is no checkpoint, or a damaged one: it holds a list"):
+        read_checkpoint(tmp_path / "a.pth")

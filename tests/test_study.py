@@ -14,7 +14,7 @@ import torch
 
 from hcvision import study
 from hcvision.cli import sample
-from hcvision.runs import first_difference
+from hcvision.runs import StopCleanly, Stopped, first_difference
 from hcvision.sampling import Sampling, read_samples
 from hcvision.study import GenerationStudy, Study, read_curve, table
 
@@ -144,6 +144,16 @@ def test_a_killed_study_goes_on_where_it_was(make, image_folder, tmp_path):
         assert len(read_curve(folder / "dhc2" / "seed3")["val_top1"]) == 6
     for name in ("top1", "val_loss", "epochs", "images"):
         assert results["killed"][name] == results["undisturbed"][name]
+
+
+def test_a_study_that_is_asked_to_stop_in_its_last_step_stops_there(make, monkeypatch):
+    """The cell is done and kept; the next one is not begun."""
+    monkeypatch.setattr(StopCleanly, "is_wanted", lambda self, trainer: trainer.fit_loop.done)
+    study = make(seeds=[0])
+    with pytest.raises(Stopped) as stop:
+        study.run(say=lambda line: None)
+    assert stop.value.code == 143
+    assert [cell for cell in (("residual", 0), ("dhc2", 0)) if study.read_result(*cell)] == [("residual", 0)]
 
 
 def test_the_table_is_paired_by_seed():

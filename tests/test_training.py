@@ -20,7 +20,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from hcvision.data import ImageData
 from hcvision.runs import equip, keep_metrics, metrics_files, read_checkpoint
 from hcvision.sampling import Sampling, enlarge, grid
-from hcvision.training import ImageClassifier, ImageGenerator, check_name
+from hcvision.training import ImageClassifier, ImageGenerator, MacroAccuracy, check_name
 
 
 @pytest.fixture
@@ -896,3 +896,67 @@ def test_a_run_that_gets_more_epochs_follows_their_schedule(build, fit, images, 
     trainer.fit(model, images(), ckpt_path=tmp_path / "a.ckpt", weights_only=True)
     assert rest.rates == whole.rates[18:]
     assert min(rest.rates) > 0
+
+
+@pytest.mark.filterwarnings("ignore:.*your dataloader is not resumable")
+def test_a_run_of_steps_that_ended_in_the_middle_of_an_epoch_goes_on_there(build, fit, images, trainer_args, tmp_path):
+    """With the rest of the same order: no image twice, none left out."""
+
+    class Seen(pl.Callback):
+        def __init__(self):
+            self.images = []
+
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            self.images.append(batch[0].sum().item())
+
+    def run(steps, checkpoint=None):
+        seen = Seen()
+        trainer = pl.Trainer(max_epochs=-1, max_steps=steps, callbacks=[seen], **trainer_args)
+        trainer.fit(build(lr=1e-3), images(), ckpt_path=checkpoint, weights_only=True)
+        trainer.save_checkpoint(tmp_path / "a.ckpt", weights_only=False)
+        return seen.images
+
+    assert run(5) + run(22, tmp_path / "a.ckpt") == run(22)
+
+
+def test_other_batches_in_the_middle_of_an_epoch_are_refused(build, images, trainer_args, tmp_path):
+    trainer = pl.Trainer(max_epochs=-1, max_steps=5, **trainer_args)
+    trainer.fit(build(), images())
+    trainer.save_checkpoint(tmp_path / "a.ckpt", weights_only=False)
+    with pytest.raises(
+        ValueError, match=r"middle of an epoch with 1 x 8 images a batch .*, got 1 x 4 images; give the same"
+    ):
+        pl.Trainer(max_epochs=3, **trainer_args).fit(
+            build(), images(batch_size=4), ckpt_path=tmp_path / "a.ckpt", weights_only=True
+        )
+
+
+def test_macro_accuracy_leaves_out_classes_without_images():
+    """Also where one of them is predicted."""
+    metric = MacroAccuracy(3, average=None)
+    metric.update(torch.tensor([0, 0, 2, 1]), torch.tensor([0, 0, 1, 1]))
+    assert metric.compute() == 0.75
+
+
+def test_what_the_model_keeps_fixed_stays_fixed(generator, fit):
+    model = generator(freeze_epochs=1)
+    assert not model.model.pos_embed.requires_grad
+    fit(model, 2)
+    assert not model.model.pos_embed.requires_grad
+    assert all(parameter.requires_grad for parameter in model.trunk())
+
+
+def test_an_exported_folder_says_how_images_are_prepared(build, tmp_path):
+    config = {"mean": [0.1, 0.2, 0.3], "std": [0.4] * 3, "interpolation": "bilinear", "crop_pct": 0.9}
+    timm.models.save_for_hf(build().model, tmp_path / "hub", safe_serialization=True, data_config=config)
+    model = build(init_from=str(tmp_path / "hub"))
+    assert {
+        key: list(v) if isinstance(v, tuple) else v for key, v in model.data_config.items()
+    }.items() >= config.items()
+
+
+def test_models_that_cannot_be_built(build):
+    with pytest.raises(ValueError, match=r"vit_tiny_patch16_224 does not take these model_args: .*'foo'"):
+        build(model_args={"foo": 3})
+    with pytest.raises(ValueError, match="num_classes must be at least 2"):
+        build(num_classes=1)
