@@ -1,11 +1,14 @@
 """Images for Lightning: folders, tables, torchvision's small sets, timm's dataset strings, and shards of latents."""
 
+import atexit
 import itertools
 import json
+import multiprocessing
 import os
 import signal
 import warnings
 from collections.abc import Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -497,7 +500,7 @@ class ImageData(pl.LightningDataModule):
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             collate_fn=collate,
-            worker_init_fn=outlive_signals,
+            worker_init_fn=outlive_signals() if self.num_workers else None,
             drop_last=training,
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator().manual_seed(self.seed + rank),
@@ -561,10 +564,31 @@ class ImageData(pl.LightningDataModule):
                 warnings.warn(f"left out: {bad}", stacklevel=2)
 
 
-def outlive_signals(_: int) -> None:
-    """Have a loading process leave Ctrl-C and SIGTERM, which reach all processes, to the one that trains."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+class OutliveSignals:
+    """Has loading processes leave Ctrl-C and SIGTERM, which reach all processes, to the one that trains.
+
+    When that one leaves, SIGTERM ends them: multiprocessing sends it then, and waits.
+    """
+
+    def __init__(self) -> None:
+        self.leaving = multiprocessing.RawValue("b", 0)
+        atexit.register(self.leave)
+
+    def leave(self) -> None:
+        self.leaving.value = 1
+
+    def __call__(self, _: int) -> None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, self.receive)
+
+    def receive(self, number: int, _: Any) -> None:
+        if self.leaving.value:
+            os._exit(0)
+
+
+@cache
+def outlive_signals() -> OutliveSignals:
+    return OutliveSignals()
 
 
 def count_workers(wanted: int | None) -> int:

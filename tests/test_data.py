@@ -1,4 +1,6 @@
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -334,3 +336,25 @@ def test_rows_for_testing_stay_out_of_training(image_folder, tmp_path):
         ValueError, match=r"says which images are for validation \(val\), and val_fraction too; give one"
     ):
         ImageData("csv", root=str(tmp_path / "t.csv"), val_fraction=0.25)
+
+
+@pytest.mark.parametrize("start", ["fork", "spawn"])
+def test_a_script_that_keeps_its_loader_ends(image_folder, start):
+    """multiprocessing ends loading processes with SIGTERM when a script is over; until then they outlive it."""
+    code = (
+        "import multiprocessing, os, signal, time\n"
+        "from hcvision.data import ImageData\n"
+        "if __name__ == '__main__':\n"
+        f"    multiprocessing.set_start_method({start!r})\n"
+        f"    data = ImageData(root={str(image_folder)!r}, batch_size=8, num_workers=1, img_size=32)\n"
+        "    loader = data.val_dataloader()\n"
+        "    batches = iter(loader)\n"
+        "    next(batches)\n"
+        "    for number in (signal.SIGINT, signal.SIGTERM):\n"
+        "        os.kill(loader._iterator._workers[0].pid, number)\n"
+        "    print(1 + sum(1 for _ in batches))\n"
+    )
+    path = image_folder.parent / f"{start}.py"
+    path.write_text(code)
+    done = subprocess.run([sys.executable, str(path)], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, "5\n"), done.stderr[-2000:]
