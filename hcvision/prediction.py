@@ -314,7 +314,7 @@ def predict(
     classifier = load_classifier(checkpoint, weights)
     predictions = predict_files(classifier, files, top_k, batch_size, num_workers, device, precision)
     for bad in predictions.unreadable:
-        print(BadImage(repr(bad.path), bad.reason, bad.doing), file=sys.stderr)
+        print(bad, file=sys.stderr)
     if not predictions.files:
         raise ValueError(f"none of the {len(files)} images could be read")
     write = _as_csv if path.suffix.lower() == ".csv" else _as_json

@@ -293,13 +293,13 @@ def test_a_full_disk_keeps_the_last_checkpoint(image_folder, tmp_path):
     assert [row["epoch"] for row in metrics(run)][-1] == "1"
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root mounts a small disk; the test above needs nobody")
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount a small disk; the test above needs no rights")
 def test_a_small_disk(image_folder, tmp_path):
     """A tmpfs with room for the first checkpoints, and no more."""
     run = tmp_path / "small"
     run.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(run)], capture_output=True).returncode:
-        pytest.skip("no mount here")
+        pytest.skip("mounting a tmpfs is not permitted here")
     try:
         main([*fit(image_folder, run / "run"), "--trainer.max_epochs=1"])
         last = run / "run" / "checkpoints" / "last.ckpt"

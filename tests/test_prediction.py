@@ -112,7 +112,7 @@ def test_json_unreadable_and_odd_names(run, image_folder, tmp_path, capsys, monk
     out, err = capsys.readouterr()
     assert out == "4 predictions in p.json, 3 unreadable\n"
     lines = [line for line in err.splitlines() if line.startswith("cannot")]
-    names = [r"'bad\n1.png'", "'cut.png'", "'gone.png'"]
+    names = [r"'bad\n1.png'", "cut.png", "gone.png"]
     assert [line.split(": ")[0] for line in lines] == [f"cannot read image {name}" for name in names]
     found = json.loads(Path("p.json").read_text())
     assert found["checkpoint"] == f"{run / 'checkpoints' / 'best.ckpt'} (ema weights)"
