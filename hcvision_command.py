@@ -18,6 +18,7 @@ COMMANDS = {
     "export": "a checkpoint as a folder for timm, as ONNX, as torch.export",
     "benchmark": "speed and memory of models, beside their residual twins",
     "compare": "train variants beside their residual twin and report",
+    "report": "write a study's table and pictures again, from its CSV files",
     "sample": "draw images with a diffusion model",
     "score": "compare drawn images with real ones: FID, or a distance on a small classifier",
     "encode": "turn a folder of images into latents of a VAE",

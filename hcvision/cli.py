@@ -1,16 +1,13 @@
 """The commands of hcvision, each with ``--help``; ``hcvision_command`` calls them."""
 
 import argparse
-import ctypes
 import difflib
 import errno
 import inspect
-import logging
 import os
 import re
 import shlex
 import sys
-import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -32,15 +29,18 @@ from hcvision.evaluation import ClassReport
 from hcvision.export import export
 from hcvision.latents import encode_folder, load_vae
 from hcvision.prediction import predict
+from hcvision.report import report
 from hcvision.runs import (
     Stopped,
     checkpoint_folder,
     equip,
     is_first_process,
     is_out_of_memory,
+    keep_freed_memory,
     keep_metrics,
     last_checkpoint,
     pick_device,
+    quieten,
     read_checkpoint,
     write_json,
 )
@@ -295,11 +295,13 @@ def run_lightning(arguments: list[str]) -> None:
     )
 
 
-def compare(arguments: list[str]) -> None:
+def compare(arguments: list[str]) -> int | None:
     task = find_task(arguments)
     parser = StudyParser(prog="hcvision compare", description="Train variants side by side and report.")
     parser.add_argument("--config", action=ActionConfigFile, help="YAML file with these options")
     parser.add_argument("--task", type=str, default=task, help="classify, or generate (diffusion)")
+    about = "train one cell again (dhc2/0 for seed 0) and compare it with the results beside the configuration"
+    parser.add_argument("--repeat", type=str | None, default=None, metavar="VARIANT/SEED", help=about)
     parser.add_class_arguments(STUDIES[task], skip={"model", "data", "trainer"})
     skipped = {"connection", "num_classes"} | ({"seed"} if task == "generate" else set())
     parser.add_class_arguments(TASKS[task], "model", skip=skipped, instantiate=False)
@@ -308,12 +310,19 @@ def compare(arguments: list[str]) -> None:
     if task == "generate":
         parser.set_defaults(WHOLE_IMAGES)
     config = parser.instantiate_classes(parser.parse_args(arguments)).as_dict()
-    config.pop("config"), config.pop("task")
+    files, repeat = config.pop("config"), config.pop("repeat")
+    config.pop("task")
     defaults = parser.get_defaults().as_dict()["trainer"]
     config["trainer"] = {name: value for name, value in config["trainer"].items() if value != defaults[name]}
-    report = STUDIES[task](**config).run()
+    if repeat is not None:
+        variant, _, seed = repeat.rpartition("/")
+        if not files or not variant or not seed.isdigit():
+            raise ValueError(f"--repeat takes VARIANT/SEED, and --config that of a study with results, got {repeat!r}")
+        return int(not STUDIES[task](**config).repeat(variant, int(seed), Path(files[-1]).parent))
+    path = STUDIES[task](**config).run()
     if is_first_process():
-        print(f"\n{report.read_text()}\nreport: {report}")
+        print(f"\n{path.read_text()}\nreport: {path}")
+    return None
 
 
 def run_function(function: Callable[..., Any]) -> Callable[[list[str]], int | None]:
@@ -539,33 +548,12 @@ COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
     "export": run_function(export),
     "benchmark": run_function(benchmark),
     "compare": compare,
+    "report": run_function(report),
     "sample": run_function(sample),
     "score": score,
     "encode": run_function(encode_folder),
     "coverage": count_coverage,
 }
-
-
-def quieten() -> None:
-    """Hush what says nothing to somebody who trains."""
-    os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    warnings.filterwarnings("ignore", message=".*smaller than the logging interval.*")
-    warnings.filterwarnings("ignore", message=".*exists and is not empty.*")
-    warnings.filterwarnings("ignore", message=".*LeafSpec.*")
-    warnings.filterwarnings("ignore", message=".*your dataloader is not resumable.*")  # ours is, in its own way
-    warnings.filterwarnings("ignore", message=".*is not supported by the model summary.*")
-    warnings.filterwarnings("ignore", message=".*loading a checkpoint outside the .fit. stage.*")  # the average itself
-    warnings.filterwarnings("ignore", message=".*args parameter is intended to run from within Python.*")
-    for name in ("pytorch_lightning.utilities.rank_zero", "lightning_fabric.utilities.seed"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-
-
-def keep_freed_memory() -> None:
-    """Have glibc keep what it frees: a step on a CPU would get its tensors as fresh pages again and again."""
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
-        libc.mallopt(-3, 32 * 2**20)  # M_MMAP_THRESHOLD, at the largest that it takes
 
 
 def run(arguments: list[str]) -> None:

@@ -2,8 +2,10 @@
 
 import argparse
 import csv
+import ctypes
 import io
 import json
+import logging
 import os
 import pickle
 import re
@@ -258,6 +260,28 @@ def equip(
     if trainer.get("enable_progress_bar") is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
         callbacks.append(Progress(title=title))
     return {**arguments, "callbacks": callbacks}
+
+
+def quieten() -> None:
+    """Hush what says nothing to somebody who trains."""
+    os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*smaller than the logging interval.*")
+    warnings.filterwarnings("ignore", message=".*exists and is not empty.*")
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+    warnings.filterwarnings("ignore", message=".*your dataloader is not resumable.*")  # ours is, in its own way
+    warnings.filterwarnings("ignore", message=".*is not supported by the model summary.*")
+    warnings.filterwarnings("ignore", message=".*loading a checkpoint outside the .fit. stage.*")  # the average itself
+    warnings.filterwarnings("ignore", message=".*args parameter is intended to run from within Python.*")
+    for name in ("pytorch_lightning.utilities.rank_zero", "lightning_fabric.utilities.seed"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep what it frees: a step on a CPU would get its tensors as fresh pages again and again."""
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+        libc.mallopt(-3, 32 * 2**20)  # M_MMAP_THRESHOLD, at the largest that it takes
 
 
 def pick_device(wanted: str = "auto") -> str:

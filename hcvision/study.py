@@ -2,40 +2,65 @@
 
 Every cell (variant, seed) has a folder of its own and is run once; a study that was killed goes on
 where it was. All cells of a seed see the same images in the same order and start from the same trunk.
+Any number of processes can work on a study at the same time: each takes cells that nobody has.
 """
 
-import csv
+import contextlib
+import inspect
 import json
+import multiprocessing
+import platform
+import re
 import statistics
+import subprocess
+import sys
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import pytorch_lightning as pl
+import timm
 import torch
+import yaml
+from filelock import FileLock, Timeout
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from hcvision.benchmark import measure, ratios, training_step
+from hcvision.benchmark import measure, name_device, ratios, training_step
 from hcvision.connections import parse_connection
 from hcvision.data import TIMM_PREFIXES, ImageData
 from hcvision.latents import decode, load_vae
+from hcvision.report import (
+    TOP1,
+    Curve,
+    Metric,
+    Outcome,
+    predicted,
+    read_curve,
+    read_results,
+    write_curves,
+    write_report,
+)
 from hcvision.runs import (
     StopCleanly,
+    Stopped,
     equip,
     first_difference,
     is_first_process,
+    keep_freed_memory,
     keep_metrics,
     last_checkpoint,
-    markdown,
-    metrics_files,
     pick_device,
+    quieten,
     read_checkpoint,
+    write_csv,
     write_json,
+    write_whole,
 )
 from hcvision.sampling import Sampling, columns_of, draw_samples, grid, read_samples
 from hcvision.scoring import (
@@ -48,79 +73,121 @@ from hcvision.scoring import (
     look_at_samples,
     train_classifier,
 )
-from hcvision.training import ImageClassifier, ImageGenerator, TimmModule
+from hcvision.training import ImageClassifier, ImageGenerator, TimmModule, check_name
 
-
-@dataclass(frozen=True)
-class Metric:
-    """A column of the table: its name in results.csv, its heading, and how its values are shown."""
-
-    name: str
-    heading: str
-    factor: float = 1.0
-    digits: int = 2
-    paired: bool = True  # with a column of differences to the first variant
-
-    def show(self, values: list[float], sign: str = "") -> str:
-        return f"{self.factor * statistics.mean(values):{sign}.{self.digits}f}"
-
-
-TOP1 = Metric("top1", "top-1 %", 100.0)
-COLORS = ("#444444", "#d1495b", "#00798c", "#edae49", "#66a182", "#8d5b9e", "#2e4057", "#b8b8b8")
+Cell = tuple[str, int]
+Changes = dict[str, Any]
 
 
 class Study:
     """Train every variant with every seed and report: image classification.
 
     Args:
-        out: folder of the study: a folder per cell, and report.md, results.csv, curves.png.
+        out: folder of the study: a folder per cell, and report.md, its pictures, and what they are made from:
+            config.yaml, study.json, results.csv, curves.csv.
         title: headline of the report.
-        variants: connections to compare (``residual``, ``dhc2``, ...). Differences are to the first.
+        variants: connections to compare (``residual``, ``dhc2``, ...), or names of one's own and what each changes:
+            ``connection``, and arguments of ``model`` and ``trainer``. Differences are to the first.
         seeds: of the initial weights, the order of the images and the augmentation.
         model: arguments of ``ImageClassifier``, without connection and num_classes.
         data: arguments of ``ImageData``, without seed.
         trainer: arguments of Lightning's Trainer.
         timing_rounds: rounds of the interleaved step-time measurement; 0 leaves it out.
+        jobs: processes that train at the same time, on the same device.
 
     Raises:
-        ValueError: an unknown variant, a variant or seed named twice, or a folder with cells that were
-            run with other settings.
+        ValueError: an unknown variant, a change of something that is not there, a variant or seed named twice, or a
+            folder with cells that were run with other settings.
     """
 
+    task = "classify"
     module: type[TimmModule] = ImageClassifier
     metrics: tuple[Metric, ...] = (TOP1,)
     columns: tuple[str, ...] = ("start_top1", "top1", "top5", "val_loss", "train_loss")
-    curves: tuple[tuple[str, str, float], ...] = (
-        ("val_top1", "validation top-1, %", 100.0),
-        ("train_loss", "training loss", 1.0),
-    )
+    curves: tuple[Curve, ...] = (Curve("val_top1", "validation top-1, %", 100.0), Curve("train_loss", "training loss"))
     measured = "top-1"
 
     def __init__(
         self,
         out: str,
-        variants: list[str],
+        variants: list[str] | dict[str, Changes | None],
         seeds: list[int],
         model: dict[str, Any],
         data: dict[str, Any],
         trainer: dict[str, Any],
         title: str = "Connections compared",
         timing_rounds: int = 15,
+        jobs: int = 1,
     ):
-        for what, values in (("variants", variants), ("seeds", seeds)):
+        for what, values in (("variants", [*variants]), ("seeds", seeds)):
             if not values or len(set(values)) < len(values):
                 raise ValueError(f"{what} must be one or more different ones, got {values}")
-        for variant in variants:
-            parse_connection(variant)
         if data.get("multi_label") or model.get("multi_label"):
             raise ValueError("a study reports top-1, which images with several labels (multi_label) do not have")
-        self.out, self.title, self.variants, self.seeds = Path(out), title, variants, seeds
-        self.model, self.data, self.trainer = model, data, trainer
-        self.timing_rounds = timing_rounds
-        self.settings = json.loads(json.dumps({"model": model, "data": {**data, "root": None}, "trainer": trainer}))
+        if jobs < 1 or (jobs > 1 and trainer.get("devices", 1) not in (1, "1")):
+            raise ValueError(
+                f"jobs must be at least 1, and 1 where a run has several devices, got {jobs} with "
+                f"devices={trainer.get('devices', 1)}"
+            )
+        changes = variants if isinstance(variants, dict) else dict.fromkeys(variants)
+        self.changes = {name: self.check_variant(name, change or {}) for name, change in changes.items()}
+        self.out, self.title, self.variants, self.seeds = Path(out), title, [*changes], seeds
+        self.model, self.data = model, data
+        self.trainer = {**trainer, "devices": 1} if jobs > 1 else trainer
+        self.timing_rounds, self.jobs = timing_rounds, jobs
+        self.more_settings: dict[str, Any] = {}
+
+    def check_variant(self, name: str, changes: Changes) -> Changes:
+        if not re.fullmatch(r"\w[\w.+-]*", name):
+            raise ValueError(f"a variant's name must be of letters, digits and any of .+-_, got {name!r}")
+        unknown = {*changes} - {"connection", "model", "trainer"}
+        if unknown:
+            raise ValueError(f"variant {name} can change connection, model and trainer, got {', '.join(unknown)}")
+        parse_connection(changes.get("connection", name))
+        known = {"model": defaults(self.module), "trainer": defaults(pl.Trainer)}
+        for group, names in known.items():
+            for key in changes.get(group) or {}:
+                check_name(
+                    f"{group} of variant {name}", key, [n for n in names if n not in ("connection", "num_classes")]
+                )
+        return changes
+
+    def connection(self, variant: str) -> str:
+        return self.changes[variant].get("connection", variant)
+
+    def model_arguments(self, variant: str) -> dict[str, Any]:
+        return merge(self.model, self.changes[variant].get("model"))
+
+    def trainer_arguments(self, variant: str) -> dict[str, Any]:
+        return merge(self.trainer, self.changes[variant].get("trainer"))
+
+    def settings(self, variant: str) -> dict[str, Any]:
+        """What a cell of a variant depends on, beside its seed; what is as by default is left out."""
+        own = {} if self.connection(variant) == variant else {"connection": self.connection(variant)}
+        settings = {
+            "model": self.model_arguments(variant), "data": {**self.data, "root": None},
+            "trainer": self.trainer_arguments(variant), **own, **self.more_settings,
+        }  # fmt: skip
+        return self.plain(settings)
+
+    def plain(self, settings: dict[str, Any]) -> dict[str, Any]:
+        """The same as JSON has it, without what is as by default."""
+        settings = json.loads(json.dumps(settings))
+        groups = {"model": self.module, "data": ImageData, "trainer": pl.Trainer}
+        for group, cls in groups.items():
+            usual = json.loads(json.dumps(defaults(cls), default=str))
+            settings[group] = {
+                key: value for key, value in settings[group].items() if key not in usual or value != usual[key]
+            }
+        settings["trainer"].pop("enable_progress_bar", None)  # of no consequence
+        return settings
 
     def cell_folder(self, variant: str, seed: int) -> Path:
         return self.out / variant / f"seed{seed}"
+
+    @property
+    def cells(self) -> list[Cell]:
+        return [(variant, seed) for seed in self.seeds for variant in self.variants]
 
     @property
     def device(self) -> str:
@@ -128,38 +195,105 @@ class Study:
         return "cpu" if self.trainer.get("accelerator") == "cpu" else pick_device()
 
     def build_model(self, variant: str, num_classes: int, seed: int) -> Any:
-        return self.module(connection=variant, num_classes=num_classes, **self.model)
+        return self.module(
+            connection=self.connection(variant), num_classes=num_classes, **self.model_arguments(variant)
+        )
 
     def run(self, say: Callable[[str], None] = print) -> Path:
         """Run what is missing and write the report. Returns the path of report.md."""
-        cells = [(variant, seed) for seed in self.seeds for variant in self.variants]
-        self.check_settings(cells)
-        if is_first_process() and any(self.read_result(*cell) is None for cell in cells):
+        self.check_settings()
+        missing = [cell for cell in self.cells if self.read_result(*cell) is None]
+        if is_first_process() and missing:
             self.prepare()
-        results = []
-        for number, (variant, seed) in enumerate(cells, 1):
-            done = self.read_result(variant, seed)
-            if done is None:
-                say(f"[{number}/{len(cells)}] {variant}, seed {seed}")
-                done = self.run_cell(variant, seed)
-            else:
-                known = ", ".join(f"{metric.heading} {metric.show([done[metric.name]])}" for metric in self.metrics)
-                say(f"[{number}/{len(cells)}] {variant}, seed {seed}: done before, {known}")
-            results.append(done)
+        with self.helpers(min(self.jobs, len(missing))):
+            self.run_cells(say)
+        if is_first_process():
+            self.write(self.costs(say))
+            write_report(self.out)
+        return self.out / "report.md"
+
+    @contextlib.contextmanager
+    def helpers(self, jobs: int) -> Iterator[None]:
+        """All but one of so many processes that run cells; they end with what is done meanwhile."""
+        threads, count = torch.get_num_threads(), max(jobs, 1)
+        context = multiprocessing.get_context("spawn")
+        share = max(threads // count, 1)
+        processes = [context.Process(target=help_along, args=(self, share)) for _ in range(count - 1)]
+        for process in processes:
+            process.start()
+        try:
+            if processes:
+                torch.set_num_threads(share)
+            yield
+        finally:
+            torch.set_num_threads(threads)
+            for process in processes:
+                process.terminate()  # where it is still at work, it keeps a checkpoint and stops
+                process.join()
+
+    def run_cells(self, say: Callable[[str], None] = print) -> None:
+        """Run the cells that are missing and that no other process has, until all are done."""
+        waiting, number = self.cells, {cell: place for place, cell in enumerate(self.cells, 1)}
+        while waiting:
+            busy = []
+            for cell in waiting:
+                place, (variant, seed) = f"[{number[cell]}/{len(number)}]", cell
+                done = self.read_result(variant, seed)
+                if done is None:
+                    with self.claim(cell) as mine:
+                        if not mine:
+                            busy.append(cell)
+                            continue
+                        done = self.read_result(variant, seed)  # or somebody was faster
+                        if done is None:
+                            say(f"{place} {variant}, seed {seed}")
+                            done = self.run_cell(variant, seed)
+                            if self.jobs > 1:
+                                say(f"{place} {variant}, seed {seed}: {self.show(done)}, {done['seconds']:.0f} s")
+                            continue
+                if self.jobs == 1:
+                    say(f"{place} {variant}, seed {seed}: done before, {self.show(done)}")
+            if len(busy) == len(waiting):
+                time.sleep(1)
+            waiting = busy
+
+    def show(self, result: dict[str, Any]) -> str:
+        return ", ".join(f"{metric.heading} {metric.show(result[metric.name])}" for metric in self.metrics)
+
+    @contextlib.contextmanager
+    def claim(self, cell: Cell) -> Iterator[bool]:
+        """Whether the cell is this process's to run; it is given back at the end, also that of a killed process.
+
+        Raises:
+            ValueError: several processes run a cell together, and others have it.
+        """
         if not is_first_process():
-            return self.out / "report.md"
-        costs = self.costs(say)
-        return self.report(results, costs)
+            yield True
+            return
+        folder = self.cell_folder(*cell)
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / "lock", blocking=False)
+        try:
+            lock.acquire()
+        except Timeout:
+            if self.trainer.get("devices", 1) not in (1, "1"):
+                raise ValueError(f"another process is running {folder}; wait for it, or stop it") from None
+            yield False
+            return
+        try:
+            yield True
+        finally:
+            lock.release()
 
     def prepare(self) -> None:
         """What is needed before the first cell, in the first process alone."""
 
-    def check_settings(self, cells: list[tuple[str, int]]) -> None:
-        for cell in cells:
-            path = self.cell_folder(*cell) / "settings.json"
+    def check_settings(self) -> None:
+        for variant, seed in self.cells:
+            path = self.cell_folder(variant, seed) / "settings.json"
             if not path.is_file():
                 continue
-            difference = first_difference(json.loads(path.read_text()), self.settings)
+            difference = first_difference(self.plain(json.loads(path.read_text())), self.settings(variant))
             if difference:
                 raise ValueError(
                     f"{path.parent} was run with other settings ({difference}); "
@@ -177,12 +311,15 @@ class Study:
         model = self.build_model(variant, data.num_classes, seed)
         data.prepare_data()
         if is_first_process():
-            write_json(folder / "settings.json", self.settings)
+            write_json(folder / "settings.json", self.settings(variant))
             keep_metrics(folder)
-        quiet = {"enable_model_summary": False, "num_sanity_val_steps": 0}
-        trainer = pl.Trainer(**equip(folder, {**quiet, **self.trainer}, f"{variant} seed {seed}", model.monitor))
+        quiet: dict[str, Any] = {"enable_model_summary": False, "num_sanity_val_steps": 0}
+        if self.jobs > 1:
+            quiet["enable_progress_bar"] = False
+        arguments = {**quiet, **self.trainer_arguments(variant)}
+        trainer = pl.Trainer(**equip(folder, arguments, f"{variant} seed {seed}", model.monitor))
         checkpoint = last_checkpoint(folder)
-        start = self.score_start(folder / "start.json", model, data)
+        start = self.score_start(folder / "start.json", variant, model, data)
         trainer.fit(model, data, ckpt_path=checkpoint, weights_only=True)
         if trainer.interrupted:
             raise KeyboardInterrupt
@@ -192,19 +329,20 @@ class Study:
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
         if model.monitor[0] not in metrics:
             metrics = {name: float(value) for name, value in trainer.validate(model, data, verbose=False)[0].items()}
-        losses = read_curve(folder, self.curves)["train_loss"]
+        losses = read_curve(folder, ["train_loss"])["train_loss"]
         epochs, steps = trainer.current_epoch, trainer.global_step
         result = {
             "variant": variant,
             "seed": seed,
             "start_top1": start,
             "val_loss": metrics["val_loss"],
-            "train_loss": metrics.get("train_loss", next(reversed(losses), None)),
+            "train_loss": metrics.get("train_loss", losses[max(losses)] if losses else None),
             **self.score(folder, model, metrics),
             "parameters": sum(parameter.numel() for parameter in model.model.parameters()),
             "epochs": epochs,
             "images": steps * data.batch_size * trainer.world_size * trainer.accumulate_grad_batches,
             "seconds": round(time.monotonic() - began, 1),
+            "environment": environment(self.device),
         }
         if is_first_process():
             write_json(folder / "result.json", result)
@@ -217,13 +355,15 @@ class Study:
         """What the table wants to know of a trained cell."""
         return {"top1": metrics["val_top1"], "top5": metrics.get("val_top5")}
 
-    def score_start(self, path: Path, model: Any, data: ImageData) -> float | None:
+    def score_start(self, path: Path, variant: str, model: Any, data: ImageData) -> float | None:
         """Top-1 before the first step, for weights that come from somewhere (``init_from``, ``pretrained``)."""
-        if not (self.model.get("init_from") or self.model.get("pretrained")) or "start_top1" not in self.columns:
+        given = self.model_arguments(variant)
+        if not (given.get("init_from") or given.get("pretrained")) or "start_top1" not in self.columns:
             return None
         if not path.is_file():
             quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-            trainer = pl.Trainer(**{**self.trainer, **quiet, "enable_model_summary": False, "inference_mode": False})
+            quiet |= {"enable_model_summary": False, "inference_mode": False}
+            trainer = pl.Trainer(**{**self.trainer_arguments(variant), **quiet})
             start = float(trainer.validate(model, data, verbose=False)[0]["val_top1"])
             if not is_first_process():
                 return start
@@ -236,7 +376,8 @@ class Study:
             return {}
         path = self.out / "costs.json"
         device = self.device
-        key = {"variants": self.variants, "rounds": self.timing_rounds, "device": device, "settings": self.settings}
+        settings = {variant: self.settings(variant) for variant in self.variants}
+        key = {"rounds": self.timing_rounds, "device": device, "settings": settings}
         if path.is_file() and (known := json.loads(path.read_text()))["key"] == key:
             return known["costs"]
         say("measuring step time and memory")
@@ -247,7 +388,8 @@ class Study:
             module = self.build_model(variant, data.num_classes, 0).to(device)
             images = torch.randn(data.batch_size, *module.data_config["input_size"], device=device)
             targets = torch.randint(data.num_classes, (data.batch_size,), device=device)
-            return training_step(module, (images, targets), str(self.trainer.get("precision", "32")))
+            precision = str(self.trainer_arguments(variant).get("precision", "32"))
+            return training_step(module, (images, targets), precision)
 
         times, peaks = measure(self.variants, build, self.timing_rounds, device)
         first = self.variants[0]
@@ -258,56 +400,90 @@ class Study:
         write_json(path, {"key": key, "costs": costs})
         return costs
 
-    def report(self, results: list[dict[str, Any]], costs: dict[str, dict[str, float]]) -> Path:
-        """Write results.csv, curves.png and report.md."""
-        with (self.out / "results.csv").open("w", newline="") as file:
-            columns = ("variant", "seed", *self.columns, "parameters", "epochs", "images", "seconds")
-            writer = csv.DictWriter(file, columns, extrasaction="ignore")
-            writer.writeheader()
-            writer.writerows(results)
-        runs = {v: [read_curve(self.cell_folder(v, s), self.curves) for s in self.seeds] for v in self.variants}
-        draw_curves(runs, self.curves).savefig(self.out / "curves.png", dpi=150)
+    def write(self, costs: dict[str, dict[str, float]]) -> None:
+        """Write what the report is made from: config.yaml, study.json, results.csv and curves.csv."""
+        results = [self.read_result(*cell) or {} for cell in self.cells]
+        names = ("variant", "seed", *self.columns, "parameters", "epochs", "images", "seconds")
+        write_csv(self.out / "results.csv", [{name: result.get(name) for name in names} for result in results])
+        write_curves(self.out, {cell: self.cell_folder(*cell) for cell in self.cells}, self.curves)
         first = results[0]
         epochs, seeds = ("" if count == 1 else "s" for count in (first["epochs"], len(self.seeds)))
-        trained = f"{first['epochs']} epoch{epochs}, {first['images']:,} images each"
-        trained += f", seed{seeds} {', '.join(map(str, self.seeds))}"
-        lines = [
-            f"# {self.title}", "",
-            f"{self.data['dataset']}, {self.model['model']}, {trained}.", "",
-            *table(results, costs, self.variants, self.metrics), "",
-            *self.notes(costs), "",
-            f"![{' and '.join(label for _, label, _ in self.curves)}](curves.png)", "",
-        ]  # fmt: skip
-        path = self.out / "report.md"
-        path.write_text("\n".join(lines))
-        return path
+        sizes = ", ".join(f"{key} {value}" for key, value in (self.model.get("model_args") or {}).items())
+        lead = f"{self.data['dataset']}, {self.model['model']}{f' ({sizes})' if sizes else ''}, {first['epochs']} "
+        lead += f"epoch{epochs}, {first['images']:,} images each, seed{seeds} {', '.join(map(str, self.seeds))}"
+        seen = Counter(json.dumps(result.get("environment"), sort_keys=True) for result in results)
+        environments = [{**json.loads(one), "cells": count} for one, count in seen.items() if one != "null"]
+        outcome = Outcome(
+            self.title, self.variants, self.seeds, lead, self.measured, [*self.metrics], [*self.curves], costs,
+            self.notes(), self.pictures(), environments,
+        )  # fmt: skip
+        outcome.write(self.out)
+        write_whole(self.out / "config.yaml", yaml.safe_dump(self.config(), sort_keys=False, width=120).encode())
 
-    def notes(self, costs: dict[str, dict[str, float]]) -> list[str]:
-        """What the reader of the table has to know."""
-        first, what = self.variants[0], self.measured
-        if len(self.seeds) > 1:
-            lines = [
-                f"{what[0].upper()}{what[1:]}: the mean over {len(self.seeds)} seeds ± their standard deviation, after "
-                f"the last epoch; the difference to {first} is paired by seed, ± its standard error."
-            ]
-        else:
-            lines = [
-                f"{what[0].upper()}{what[1:]} after the last epoch. One seed has no spread: a difference here can be "
-                "luck, a study with several seeds (`seeds` in its config) tells."
-            ]
-        if costs:
-            lines.append(
-                f"Step time (forward, backward and AdamW, eager, variants interleaved in one process, median) and "
-                f"peak memory of a training step are ratios to {first}."
-            )
-        return lines
+    def config(self) -> dict[str, Any]:
+        """The study as a configuration of ``hcvision compare``."""
+        data = {key: value for key, value in self.data.items() if key != "root"}
+        plain = self.plain({"model": self.model, "data": data, "trainer": self.trainer})
+        listed = [*self.changes] if not any(self.changes.values()) else self.changes
+        out = f"runs/{self.out.name}" if self.out.is_absolute() else str(self.out)
+        about = {"title": self.title, "task": self.task, "out": out, "variants": listed, "seeds": self.seeds}
+        return json.loads(json.dumps({**about, "timing_rounds": self.timing_rounds, **plain}))
+
+    def notes(self) -> list[str]:
+        """What the reader of the table has to know and its files do not say: what the variants are."""
+        lines = []
+        for variant, changes in self.changes.items():
+            told = ", ".join(f"{name} {json.dumps(value)}" for name, value in flat(changes) if name != "connection")
+            if told:
+                lines.append(f"{variant} is {self.connection(variant)} with {told}.")
+        return [" ".join(lines)] if lines else []
+
+    def pictures(self) -> dict[str, str]:
+        """Pictures of the report beside its curves, drawn here: file names and what they show."""
+        return {}
+
+    def repeat(self, variant: str, seed: int, recorded: Path, say: Callable[[str], None] = print) -> bool:
+        """Run one cell again, here, and compare it with what a study recorded.
+
+        Args:
+            variant: which.
+            seed: any; that of a recorded cell should give the same again, on the same machine and versions.
+            recorded: folder of the study, with its results.csv.
+            say: called with the lines to print.
+
+        Returns:
+            Whether the first metric lands where 95 % of further runs are expected, by the recorded seeds.
+
+        Raises:
+            ValueError: the study has no such variant, or fewer than two recorded seeds of it.
+        """
+        check_name("variant", variant, self.variants)
+        rows = {row["seed"]: row for row in read_results(recorded) if row["variant"] == variant}
+        if len(rows) < 2:
+            raise ValueError(f"{recorded} has {len(rows)} recorded seeds of {variant}; a spread needs two at least")
+        self.variants, self.seeds = [variant], [seed]
+        self.check_settings()
+        self.prepare()
+        self.run_cells(say)
+        again = self.read_result(variant, seed) or {}
+        inside = []
+        for metric in self.metrics:
+            values = [row[metric.name] for row in rows.values()]
+            mean, half = statistics.mean(values), predicted(values)
+            inside.append(abs(again[metric.name] - mean) <= half)
+            told = f"{metric.heading} {metric.show(again[metric.name])}"
+            told += f", recorded with this seed {metric.show(rows[seed][metric.name])}" if seed in rows else ""
+            told += f"; {len(values)} recorded seeds {metric.show(mean)} ± {metric.show(statistics.stdev(values))}"
+            expected = f"{metric.show(mean - half)} to {metric.show(mean + half)}"
+            say(f"{told}: {'within' if inside[-1] else 'OUTSIDE'} {expected}, where 95 % of further seeds are expected")
+        return inside[0]
 
 
 class GenerationStudy(Study):
     """Train every variant with every seed, draw images with each, score them, and report: diffusion.
 
     Args:
-        out: folder of the study: a folder per cell, and report.md, results.csv, curves.png, samples.png.
+        out: folder of the study, as for ``Study``, and samples.png.
         sampling: how images are drawn for the scores.
         samples: images drawn per cell, as many of each class.
         sample_batch: images drawn at a time.
@@ -324,9 +500,10 @@ class GenerationStudy(Study):
             run with other settings.
     """
 
+    task = "generate"
     module = ImageGenerator
     columns = ("distance", "accuracy", "score", "precision", "recall", "val_loss", "train_loss")
-    curves = (("val_loss", "validation loss", 1.0), ("train_loss", "training loss", 1.0))
+    curves = (Curve("val_loss", "validation loss"), Curve("train_loss", "training loss"))
     measured = "scores and loss"
 
     def __init__(
@@ -352,18 +529,29 @@ class GenerationStudy(Study):
                 f"the samples need real images beside them, and {dataset!r} has none to choose from; real_data"
             )
         network = "Inception" if inception else f"small classifier, {classifier_epochs} epochs"
-        self.settings |= {
+        self.more_settings = {
             "sampling": asdict(self.sampling), "samples": samples, "real_images": real_images, "network": network
         }  # fmt: skip
 
     @property
     def metrics(self) -> tuple[Metric, ...]:  # type: ignore[override]
-        distance = Metric("distance", "FID" if self.inception else "Fréchet distance")
+        distance = Metric("distance", "FID" if self.inception else "Fréchet distance", more_is_better=False)
         accuracy = () if self.inception else (Metric("accuracy", "class %", 100.0, 1, paired=False),)
-        return (distance, *accuracy, Metric("val_loss", "val loss", digits=4))
+        return (distance, *accuracy, Metric("val_loss", "val loss", digits=4, more_is_better=False))
 
     def build_model(self, variant: str, num_classes: int, seed: int) -> Any:
-        return self.module(connection=variant, num_classes=num_classes, seed=seed, **self.model)
+        arguments = {"seed": seed, **self.model_arguments(variant)}
+        return self.module(connection=self.connection(variant), num_classes=num_classes, **arguments)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What another process needs: not what was looked at here."""
+        return {name: value for name, value in vars(self).items() if name not in ("extractor", "real", "input_size")}
+
+    def config(self) -> dict[str, Any]:
+        numbers = ("samples", "sample_batch", "real_images", "classifier_epochs", "inception")
+        real = {} if self.real_data is self.data else {"real_data": {**self.real_data, "root": None}}
+        more = {"sampling": asdict(self.sampling), **{name: getattr(self, name) for name in numbers}, **real}
+        return super().config() | more
 
     def prepare(self) -> None:
         """Have the network that scores, before several processes are bound together: it is trained in one.
@@ -408,7 +596,7 @@ class GenerationStudy(Study):
             return {}
         return {**compare(look_at_samples(self.extractor, folder / "samples", self.samples), self.real)}
 
-    def report(self, results: list[dict[str, Any]], costs: dict[str, dict[str, float]]) -> Path:
+    def pictures(self) -> dict[str, str]:
         first = self.cell_folder(self.variants[0], self.seeds[0]) / "samples" / "sampling.json"
         columns = columns_of(json.loads(first.read_text())["classes"])
         number = min(3 * columns, self.samples)
@@ -416,17 +604,10 @@ class GenerationStudy(Study):
             v: read_samples(self.cell_folder(v, self.seeds[0]) / "samples" / "parts", number) for v in self.variants
         }
         draw_rows(shown, columns).savefig(self.out / "samples.png", dpi=150)
-        path = super().report(results, costs)
-        lines = [
-            "![samples of each variant](samples.png)",
-            "",
-            f"The first samples of seed {self.seeds[0]}; image by image the variants start from the same noise.",
-            "",
-        ]
-        path.write_text(path.read_text() + "\n".join(lines))
-        return path
+        about = f"The first samples of seed {self.seeds[0]}; image by image the variants start from the same noise."
+        return {"samples.png": about}
 
-    def notes(self, costs: dict[str, dict[str, float]]) -> list[str]:
+    def notes(self) -> list[str]:
         held_out = look_at_data(self.extractor, ImageData(**self.real_data), "val", self.input_size, self.samples)
         yardstick = compare(held_out, self.real)
         plan = self.sampling
@@ -439,82 +620,7 @@ class GenerationStudy(Study):
         if not self.inception:
             lines[0] += " It is no FID, and compares with nothing outside this table."
             lines[0] += " class %: samples that the classifier takes for the class they were drawn as."
-        return [*lines, *super().notes(costs)]
-
-
-def table(
-    results: list[dict[str, Any]],
-    costs: dict[str, dict[str, float]],
-    variants: list[str],
-    metrics: tuple[Metric, ...] = (TOP1,),
-) -> list[str]:
-    """The report's table in Markdown, aligned so that it reads well in a terminal too."""
-    cells = {(r["variant"], r["seed"]): r for r in results}
-    seeds = sorted({seed for _, seed in cells})
-    parameters = {r["variant"]: r["parameters"] for r in results}
-    first = variants[0]
-    starts = {
-        v: [cells[v, s]["start_top1"] for s in seeds if cells[v, s].get("start_top1") is not None] for v in variants
-    }
-    header = ["variant"] + (["at start %"] if any(starts.values()) else [])
-    for metric in metrics:
-        header += [metric.heading] + ([f"minus {first}"] if metric.paired else [])
-    header += ["parameters"] + (["step time", "memory"] if costs else [])
-    rows = []
-    for variant in variants:
-        row = [variant] + ([TOP1.show(starts[variant])] if any(starts.values()) else [])
-        for metric in metrics:
-            values = [cells[variant, seed][metric.name] for seed in seeds]
-            spread = f" ± {metric.factor * statistics.stdev(values):.{metric.digits}f}" if len(seeds) > 1 else ""
-            row.append(metric.show(values) + spread)
-            if metric.paired and variant == first:
-                row.append("")
-            elif metric.paired:
-                differences = [cells[variant, seed][metric.name] - cells[first, seed][metric.name] for seed in seeds]
-                row.append(metric.show(differences, "+"))
-                if len(seeds) > 1:
-                    error = metric.factor * statistics.stdev(differences) / len(seeds) ** 0.5
-                    row[-1] += f" ± {error:.{metric.digits}f}"
-        row.append(f"{parameters[variant]:,}")
-        if variant != first:
-            row[-1] += f" (+{100 * (parameters[variant] / parameters[first] - 1):.2f} %)"
-        if costs:
-            row += [f"{costs[variant]['time']:.2f} x", f"{costs[variant]['memory']:.2f} x"]
-        rows.append(row)
-    return markdown([header, *rows])
-
-
-def read_curve(folder: Path, curves: tuple[tuple[str, str, float], ...] = Study.curves) -> dict[str, list[float]]:
-    """Metrics by epoch, from a cell's metrics.csv; ``curves`` are their names, labels and factors."""
-    curve: dict[str, dict[int, float]] = {name: {} for name, _, _ in curves}
-    for path in metrics_files(folder):
-        with path.open() as file:
-            for row in csv.DictReader(file):
-                for name, _, factor in curves:
-                    if row.get(name):
-                        curve[name][int(row["epoch"])] = float(row[name]) * factor
-    return {name: [points[epoch] for epoch in sorted(points)] for name, points in curve.items()}
-
-
-def draw_curves(runs: dict[str, list[dict[str, list[float]]]], curves: tuple[tuple[str, str, float], ...]) -> Figure:
-    """Each variant's metrics by epoch, mean over seeds, with the range as a band."""
-    with matplotlib.rc_context({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False}):
-        figure = Figure(figsize=(10, 4), layout="constrained")
-        for axes, (name, label, _) in zip(figure.subplots(1, len(curves)), curves, strict=True):
-            for color, (variant, seeds) in zip(COLORS * 9, runs.items(), strict=False):
-                by_epoch = list(zip(*(run[name] for run in seeds), strict=False))
-                epochs = range(1, len(by_epoch) + 1)
-                axes.plot(epochs, [statistics.mean(p) for p in by_epoch], color=color, label=variant, marker=".")
-                if len(seeds) > 1:
-                    axes.fill_between(
-                        epochs, list(map(min, by_epoch)), list(map(max, by_epoch)), color=color, alpha=0.15
-                    )
-            axes.set_xlabel("epoch")
-            axes.set_ylabel(label)
-            axes.xaxis.get_major_locator().set_params(integer=True)
-            axes.grid(alpha=0.25)
-        figure.axes[0].legend(frameon=False)
-        return figure
+        return [*lines, *super().notes()]
 
 
 def draw_rows(images: dict[str, Tensor], columns: int) -> Figure:
@@ -531,3 +637,69 @@ def draw_rows(images: dict[str, Tensor], columns: int) -> Figure:
             axes.set_yticks([])
             axes.spines[:].set_visible(False)
         return figure
+
+
+# Settings
+
+
+def defaults(cls: type) -> dict[str, Any]:
+    """The arguments of a class, those that it hands to its bases included, and their defaults."""
+    known: dict[str, Any] = {}
+    for base in reversed(cls.__mro__):
+        if base.__module__.startswith(("hcvision.", "pytorch_lightning.trainer")) and "__init__" in vars(base):
+            for name, parameter in list(inspect.signature(base.__init__).parameters.items())[1:]:  # type: ignore[misc]
+                if parameter.kind is not parameter.VAR_KEYWORD:
+                    known[name] = parameter.default if parameter.default is not parameter.empty else None
+    return known
+
+
+def merge(base: dict[str, Any], changes: dict[str, Any] | None) -> dict[str, Any]:
+    """``base`` with ``changes``, which go into dicts within it."""
+    merged = dict(base)
+    for key, value in (changes or {}).items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = merge(merged[key], value) if both else value
+    return merged
+
+
+def flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The leaves of a tree of dicts, and their places (``model.lr``)."""
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def environment(device: str) -> dict[str, Any]:
+    """Where this runs, with which versions, and the git revision of this package (+ where it was changed since)."""
+    versions = {"Python": platform.python_version(), "torch": torch.__version__, "timm": timm.__version__}
+    versions["Lightning"] = pl.__version__
+    package = Path(__file__).parent
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", "-C", str(package), *arguments], capture_output=True, text=True, check=False)
+        return done.stdout.strip()
+
+    try:
+        revision = git("log", "-1", "--format=%h", "--", ".")
+        revision += "+" if revision and git("status", "--porcelain", "--", ".") else ""
+    except OSError:  # no git here
+        revision = ""
+    return {"device": name_device(device), "versions": versions, "revision": revision or "unknown"}
+
+
+def help_along(study: Study, threads: int) -> None:
+    """Run cells of a study in a process of its own."""
+    quieten()
+    keep_freed_memory()
+    torch.set_num_threads(threads)
+    try:
+        study.run_cells()
+    except Stopped as stop:
+        sys.exit(stop.code)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (ValueError, OSError, MemoryError) as error:  # the first process takes the cell up again, and says why
+        print(f"one of {study.jobs} processes ended: {error}")
+        sys.exit(1)

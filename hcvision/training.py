@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytorch_lightning as pl
@@ -31,7 +31,7 @@ from torchmetrics.classification import (
     MultilabelF1Score,
 )
 
-from hcvision.connections import Connection
+from hcvision.connections import Connection, StreamConnection
 from hcvision.convert import checkpoint_filter_fn, create_model
 from hcvision.data import ImageData
 from hcvision.diffusion import OBJECTIVES, SeededNoise, check_sampler, guide
@@ -41,6 +41,7 @@ from hcvision.runs import best_checkpoint, read_checkpoint
 from hcvision.sampling import Sampling, columns_of, enlarge, grid, to_uint8
 from hcvision.sharding import hold_whole, number_by_module, shard
 
+PARTS = {"width": "alpha", "depth": "beta"}  # of a connection, and what its parameters are called
 SCHEDULES = ("cosine", "tanh", "poly", "step", "multistep", "wsd", "constant")
 
 
@@ -65,6 +66,10 @@ class TimmModule(pl.LightningModule):
         layer_decay: factor of the learning rate from one layer to the one below.
         connection_lr_factor: factor of the learning rate of connections; a pretrained trunk wants a small
             rate, connections that start as residual adds a larger one.
+        connection_freeze: ``width`` keeps the width-connections (alpha) at their initial values, ``depth`` the
+            depth-connections (beta): the papers' ablations.
+        connection_decay: let weight decay have the static parameters and scales of connections too, which the papers
+            warn against.
         sched: schedule, by timm's name, stepped after every update.
         warmup_steps: updates of linear warm-up before the schedule.
         warmup_epochs: the same in epochs.
@@ -100,6 +105,8 @@ class TimmModule(pl.LightningModule):
         opt_args: dict[str, Any] | None = None,
         layer_decay: float | None = None,
         connection_lr_factor: float = 1.0,
+        connection_freeze: Literal["width", "depth"] | None = None,
+        connection_decay: bool = False,
         sched: str = "cosine",
         warmup_steps: int = 0,
         warmup_epochs: float = 0.0,
@@ -145,6 +152,8 @@ class TimmModule(pl.LightningModule):
             self.untouched = self.load_weights(init_from)
         if grad_checkpointing:
             self.checkpoint_gradients(model)
+        if connection_freeze is not None:
+            freeze_connections(self.model, connection_freeze)
         self.frozen: list[nn.Parameter] = []
         self.fixed = {name for name, parameter in self.model.named_parameters() if not parameter.requires_grad}
         if linear_probe:
@@ -314,8 +323,11 @@ class TimmModule(pl.LightningModule):
             fallback_list=("*connection?.*",),  # muon and its like choose by shape; all our matrices are Adam's
             **(hparams["opt_args"] or {}),
         )
+        own = connection_parameters(self.model)
         if hparams["connection_lr_factor"] != 1:
-            scale_connections(optimizer, self.model, hparams["connection_lr_factor"])
+            set_apart(optimizer, own, lr_scale=hparams["connection_lr_factor"])
+        if hparams["connection_decay"]:
+            set_apart(optimizer, own, weight_decay=hparams["weight_decay"])
         updates = int(self.trainer.estimated_stepping_batches)
         self.trainer.fit_loop.setup_data()  # a run of max_steps has no number of epochs, but epochs have a length
         batches = self.trainer.num_training_batches
@@ -797,15 +809,35 @@ def connection_parameters(model: nn.Module) -> list[nn.Parameter]:
     return [p for module in model.modules() if isinstance(module, Connection) for p in module.parameters()]
 
 
-def scale_connections(optimizer: torch.optim.Optimizer, model: nn.Module, factor: float) -> None:
-    """Give the parameters of connections groups of their own, whose ``lr_scale`` timm's schedules apply."""
-    own = {id(parameter) for parameter in connection_parameters(model)}
+def freeze_connections(model: nn.Module, part: str) -> None:
+    """Hold the width-connections (alpha) or the depth-connections (beta) of a model still.
+
+    Raises:
+        ValueError: another part, or a model without connections.
+    """
+    if part not in PARTS:
+        raise ValueError(f"connection_freeze must be one of {', '.join(PARTS)}, got {part!r}")
+    connections = [module for module in model.modules() if isinstance(module, StreamConnection)]
+    if not connections:
+        raise ValueError(f"connection_freeze={part!r} needs a model with connections, this one has residual adds")
+    for connection in connections:
+        for name, parameter in connection.named_parameters():
+            if PARTS[part] in name:
+                parameter.requires_grad_(False)
+
+
+def set_apart(
+    optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], lr_scale: float = 1.0, **changes: Any
+) -> None:
+    """Give parameters groups of their own with ``changes``; timm's schedules apply ``lr_scale``."""
+    own = {id(parameter) for parameter in parameters}
     for group in list(optimizer.param_groups):
         parameters = group["params"]
         group["params"] = [p for p in parameters if id(p) not in own]
         apart = [p for p in parameters if id(p) in own]
         if apart:
-            optimizer.add_param_group({**group, "params": apart, "lr_scale": group.get("lr_scale", 1.0) * factor})
+            scaled = {"lr_scale": group.get("lr_scale", 1.0) * lr_scale}
+            optimizer.add_param_group({**group, **scaled, **changes, "params": apart})
     optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
 
 

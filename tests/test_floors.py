@@ -23,6 +23,7 @@ FLOORS = (
     {"training"},
     {"evaluation", "prediction", "benchmark"},
     {"scoring"},
+    {"report"},
     {"study", "insight", "export"},
     {"cli"},
 )

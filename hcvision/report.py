@@ -1,0 +1,350 @@
+"""A study's report from its files alone: study.json, results.csv and curves.csv in, a table and pictures out."""
+
+import csv
+import json
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.figure import Figure
+from scipy.stats import t as student
+
+from hcvision.runs import markdown, metrics_files, write_csv, write_json, write_whole
+
+COLORS = ("#444444", "#d1495b", "#00798c", "#edae49", "#66a182", "#8d5b9e", "#2e4057", "#e07a1f", "#5fa8d3", "#9c6644")
+STYLES = ("-", "--", ":")
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A column of the table: its name in results.csv, its heading, and how its values are shown."""
+
+    name: str
+    heading: str
+    factor: float = 1.0
+    digits: int = 2
+    paired: bool = True  # with a column of differences to the first variant
+    unit: str = ""  # of a difference
+    more_is_better: bool = True
+
+    def show(self, value: float, sign: str = "") -> str:
+        return f"{self.factor * value:{sign}.{self.digits}f}"
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A panel of the figure: a metric by epoch, its label, and the factor that its values are shown with."""
+
+    name: str
+    label: str
+    factor: float = 1.0
+
+
+TOP1 = Metric("top1", "top-1 %", 100.0, unit="points")
+
+
+@dataclass
+class Outcome:
+    """What a study compared; the content of study.json. The cells themselves are in results.csv and curves.csv."""
+
+    title: str
+    variants: list[str]
+    seeds: list[int]
+    lead: str  # data, model and budget, in a line
+    measured: str  # what the first metric is, in words
+    metrics: list[Metric]
+    curves: list[Curve]
+    costs: dict[str, dict[str, float]]
+    notes: list[str] = field(default_factory=list)
+    pictures: dict[str, str] = field(default_factory=dict)  # file names and what they show
+    environments: list[dict[str, Any]] = field(default_factory=list)  # of the cells, and how many of each
+
+    def write(self, folder: Path) -> None:
+        write_json(folder / "study.json", asdict(self))
+
+
+def read_study(folder: Path) -> Outcome:
+    """What ``Outcome.write`` wrote.
+
+    Raises:
+        FileNotFoundError: the folder holds no study.
+    """
+    path = folder / "study.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} holds no study.json; `hcvision compare` writes it when all cells are done")
+    content = json.loads(path.read_text())
+    content["metrics"] = [Metric(**metric) for metric in content["metrics"]]
+    content["curves"] = [Curve(**curve) for curve in content["curves"]]
+    return Outcome(**content)
+
+
+def report(folder: str) -> None:
+    """Write a study's report.md and its pictures again, from the study.json, results.csv and curves.csv beside them.
+
+    Args:
+        folder: of a study, such as docs/results/fashion_mnist.
+
+    Raises:
+        FileNotFoundError: it holds no study.
+    """
+    print(f"{write_report(Path(folder)).read_text()}\nreport: {Path(folder) / 'report.md'}")
+
+
+def write_report(folder: Path) -> Path:
+    """Write report.md and its pictures from the other files of a study. Returns the path of report.md."""
+    study, results = read_study(folder), read_results(folder)
+    pictures = {"curves.png": " and ".join(curve.label for curve in study.curves)}
+    draw_curves(read_curves(folder), study).savefig(folder / "curves.png", dpi=150)
+    if findings(results, study):
+        draw_differences(results, study).savefig(folder / "differences.png", dpi=150)
+        pictures = {"differences.png": f"differences to {study.variants[0]}, their intervals and seeds"} | pictures
+    lines = [
+        f"# {study.title}", "",
+        f"{study.lead}.", "",
+        *table(results, study), "",
+        *[f"- {line}" for line in findings(results, study)], "",
+        *notes(study), "",
+    ]  # fmt: skip
+    for name, about in pictures.items():
+        lines += [f"![{about}]({name})", ""]
+    for name, about in study.pictures.items():
+        lines += [f"![{name.partition('.')[0]}]({name})", "", about, ""]
+    lines += [*describe(study.environments), ""]
+    path = folder / "report.md"
+    write_whole(path, "\n".join(lines).encode())
+    return path
+
+
+def read_results(folder: Path) -> list[dict[str, Any]]:
+    """The cells in results.csv, numbers as numbers and what is missing as None."""
+    with (folder / "results.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    return [{name: value if name == "variant" else number(value) for name, value in row.items()} for row in rows]
+
+
+def number(text: str) -> Any:
+    if text == "":
+        return None
+    return int(text) if text.lstrip("-").isdigit() else float(text)
+
+
+def interval(differences: Sequence[float], share: int = 1) -> float:
+    """Half the width of the confidence interval of a mean difference: 95 %, Student's t.
+
+    Args:
+        differences: paired by seed, at least two.
+        share: comparisons that the 5 % are shared among (Bonferroni).
+    """
+    count = len(differences)
+    quantile = float(student.ppf(1 - (1 - CONFIDENCE) / 2 / share, count - 1))
+    return quantile * statistics.stdev(differences) / math.sqrt(count)
+
+
+def predicted(values: Sequence[float]) -> float:
+    """Half the width of the interval around the mean in which one more run lands, 95 %, Student's t."""
+    count = len(values)
+    return float(student.ppf((1 + CONFIDENCE) / 2, count - 1)) * statistics.stdev(values) * math.sqrt(1 + 1 / count)
+
+
+def by_variant(results: list[dict[str, Any]], study: Outcome, name: str) -> dict[str, list[Any]]:
+    """Values of a column by variant, in the order of the seeds."""
+    cells = {(row["variant"], row["seed"]): row.get(name) for row in results}
+    return {variant: [cells[variant, seed] for seed in study.seeds] for variant in study.variants}
+
+
+def against_first(values: dict[str, list[float]], study: Outcome) -> dict[str, list[float]]:
+    """Differences to the first variant, seed by seed, of the other variants."""
+    first = study.variants[0]
+    return {
+        variant: [mine - its for mine, its in zip(values[variant], values[first], strict=True)]
+        for variant in study.variants[1:]
+    }
+
+
+def table(results: list[dict[str, Any]], study: Outcome) -> list[str]:
+    """The report's table in Markdown, aligned so that it reads well in a terminal too."""
+    first, several = study.variants[0], len(study.seeds) > 1
+    parameters = {row["variant"]: row["parameters"] for row in results}
+    starts = by_variant(results, study, "start_top1")
+    with_start = any(value is not None for values in starts.values() for value in values)
+    columns: list[list[str]] = [["variant", *study.variants]]
+    if with_start:
+        columns.append(["at start %", *(TOP1.show(statistics.mean(starts[v])) for v in study.variants)])
+    for metric in study.metrics:
+        values = by_variant(results, study, metric.name)
+        column = [metric.heading]
+        for variant in study.variants:
+            spread = f" ± {metric.show(statistics.stdev(values[variant]))}" if several else ""
+            column.append(metric.show(statistics.mean(values[variant])) + spread)
+        columns.append(column)
+        if metric.paired and study.variants[1:]:
+            column = [f"minus {first}", ""]
+            for differences in against_first(values, study).values():
+                mean = statistics.mean(differences)
+                column.append(metric.show(mean, "+") + (f" {show_interval(differences, metric)}" if several else ""))
+            columns.append(column)
+    column = ["parameters"]
+    for variant in study.variants:
+        more = 100 * (parameters[variant] / parameters[first] - 1)
+        column.append(f"{parameters[variant]:,}" + (f" ({more:+.2f} %)" if more else ""))
+    columns.append(column)
+    for name, heading in (("time", "step time"), ("memory", "memory")) if study.costs else ():
+        columns.append([heading, *(f"{study.costs[variant][name]:.2f} x" for variant in study.variants)])
+    return markdown([list(row) for row in zip(*columns, strict=True)])
+
+
+def show_interval(differences: Sequence[float], metric: Metric) -> str:
+    mean, half = statistics.mean(differences), interval(differences)
+    return f"[{metric.show(mean - half, '+')}, {metric.show(mean + half, '+')}]"
+
+
+def findings(results: list[dict[str, Any]], study: Outcome) -> list[str]:
+    """What the intervals of the first metric with pairs allow one to say, a line per kind of answer."""
+    metric = next((metric for metric in study.metrics if metric.paired), None)
+    if metric is None or len(study.seeds) < 2 or not study.variants[1:]:
+        return []
+    first = study.variants[0]
+    compared = against_first(by_variant(results, study, metric.name), study)
+    better: list[str] = []
+    worse: list[str] = []
+    open_: list[str] = []
+    for variant, differences in compared.items():
+        mean, half = statistics.mean(differences), interval(differences)
+        firm = "*" if abs(mean) > interval(differences, len(compared)) else ""
+        said = f"{variant}{firm} {show_interval(differences, metric)}"
+        sign = 1 if metric.more_is_better else -1
+        (better if sign * mean > half else worse if sign * mean < -half else open_).append(said)
+    unit = f", {metric.unit}" if metric.unit else ""
+    groups = (("better", better), ("worse", worse), ("not told apart", open_))
+    lines = [f"{name} than {first}: {'; '.join(said)}" for name, said in groups[:2] if said]
+    lines += [f"{groups[2][0]} from {first}: {'; '.join(open_)}"] if open_ else []
+    count, seeds = len(compared), len(study.seeds)
+    about = (
+        f"in brackets the 95 % intervals of the paired difference ({metric.heading}{unit}; Student's t, {seeds} seeds)"
+    )
+    if count > 1:
+        about += f"; of {count} such intervals one in twenty misses by luck, and * holds when the {count} share the 5 %"
+    return [*lines, about]
+
+
+def notes(study: Outcome) -> list[str]:
+    """What the reader of the table has to know."""
+    first, what = study.variants[0], study.measured
+    what = what[0].upper() + what[1:]
+    if len(study.seeds) > 1:
+        lines = [
+            f"{what}: the mean over {len(study.seeds)} seeds ± their standard deviation, after the last epoch; the "
+            f"difference to {first} is paired by seed, with its 95 % interval."
+        ]
+    else:
+        lines = [
+            f"{what} after the last epoch. One seed has no spread: a difference here can be luck, a study with several "
+            "seeds (`seeds` in its config) tells."
+        ]
+    if study.costs:
+        lines.append(
+            f"Step time (forward, backward and AdamW, eager, variants interleaved in one process, median) and peak "
+            f"memory of a training step are ratios to {first}."
+        )
+    return [*study.notes, *lines]
+
+
+def describe(environments: list[dict[str, Any]]) -> list[str]:
+    """Where the cells ran, a line for each place and version."""
+    lines = []
+    for one in environments:
+        versions = ", ".join(f"{name} {version}" for name, version in one["versions"].items())
+        cells = f"{one['cells']} cell{'s' * (one['cells'] > 1)}"
+        lines.append(f"{cells} on {one['device']}; {versions}; revision {one['revision']}.")
+    return lines
+
+
+# Curves
+
+
+def read_curve(folder: Path, names: Sequence[str]) -> dict[str, dict[int, float]]:
+    """Metrics by epoch, from the metrics.csv of a cell."""
+    curve: dict[str, dict[int, float]] = {name: {} for name in names}
+    for path in metrics_files(folder):
+        with path.open() as file:
+            for row in csv.DictReader(file):
+                for name in names:
+                    if row.get(name):
+                        curve[name][int(row["epoch"])] = float(row[name])
+    return curve
+
+
+def write_curves(folder: Path, cells: dict[tuple[str, int], Path], curves: Sequence[Curve]) -> None:
+    """Write curves.csv: a row per variant, seed and epoch."""
+    names = [curve.name for curve in curves]
+    rows = []
+    for (variant, seed), path in cells.items():
+        points = read_curve(path, names)
+        for epoch in sorted({epoch for values in points.values() for epoch in values}):
+            row: dict[str, Any] = {"variant": variant, "seed": seed, "epoch": epoch + 1}
+            rows.append(row | {name: f"{points[name][epoch]:.6g}" if epoch in points[name] else "" for name in names})
+    write_csv(folder / "curves.csv", rows or [{"variant": "", "seed": "", "epoch": ""}])
+
+
+def read_curves(folder: Path) -> list[dict[str, Any]]:
+    """The rows of curves.csv."""
+    with (folder / "curves.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    return [{name: value if name == "variant" else number(value) for name, value in row.items()} for row in rows]
+
+
+def draw_curves(rows: list[dict[str, Any]], study: Outcome) -> Figure:
+    """Each variant's metrics by epoch, mean over seeds, with the range as a band where that can be read."""
+    with matplotlib.rc_context({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False}):
+        figure = Figure(figsize=(10, 4), layout="constrained")
+        panels = figure.subplots(1, len(study.curves), squeeze=False)[0]
+        for axes, curve in zip(panels, study.curves, strict=True):
+            for place, variant in enumerate(study.variants):
+                points: dict[int, list[float]] = {}
+                for row in rows:
+                    if row["variant"] == variant and row.get(curve.name) is not None:
+                        points.setdefault(row["epoch"], []).append(row[curve.name] * curve.factor)
+                style = {"color": COLORS[place % len(COLORS)], "linestyle": STYLES[place // len(COLORS) % len(STYLES)]}
+                means = [statistics.mean(values) for values in points.values()]
+                axes.plot([*points], means, label=variant, marker=".", **style)
+                if len(study.seeds) > 1 and len(study.variants) <= 4:
+                    low, high = (list(map(bound, points.values())) for bound in (min, max))
+                    axes.fill_between([*points], low, high, color=style["color"], alpha=0.15)
+            axes.set_xlabel("epoch")
+            axes.set_ylabel(curve.label)
+            axes.xaxis.get_major_locator().set_params(integer=True)
+            axes.grid(alpha=0.25)
+        handles, labels = panels[0].get_legend_handles_labels()
+        if len(labels) > 4:
+            figure.legend(handles, labels, frameon=False, loc="outside right center")
+        else:
+            panels[0].legend(frameon=False)
+        return figure
+
+
+def draw_differences(results: list[dict[str, Any]], study: Outcome) -> Figure:
+    """Each variant's paired differences to the first: seeds as dots, their mean, and its 95 % interval."""
+    metric = next(metric for metric in study.metrics if metric.paired)
+    compared = against_first(by_variant(results, study, metric.name), study)
+    with matplotlib.rc_context({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False}):
+        figure = Figure(figsize=(8, 1.2 + 0.36 * len(compared)), layout="constrained")
+        axes = figure.subplots()
+        axes.axvline(0, color="#444444", linewidth=1)
+        for place, differences in enumerate(compared.values()):
+            shown = [metric.factor * value for value in differences]
+            mean, half = statistics.mean(shown), metric.factor * interval(differences)
+            clear = abs(mean) > half
+            color = "#888888" if not clear else "#00798c" if (mean > 0) == metric.more_is_better else "#d1495b"
+            axes.scatter(shown, [place] * len(shown), s=14, color=color, alpha=0.45, linewidths=0)
+            axes.errorbar(mean, place, xerr=half, color=color, marker="o", markersize=6, capsize=4, linewidth=2)
+        axes.set_yticks(range(len(compared)), list(compared))
+        axes.set_ylim(len(compared) - 0.5, -0.5)
+        unit = f", {metric.unit}" if metric.unit else ""
+        axes.set_xlabel(f"{metric.heading} minus {study.variants[0]}{unit}")
+        axes.grid(axis="x", alpha=0.25)
+        return figure
