@@ -67,7 +67,7 @@ class Images(Dataset):
                 seed = int(np.random.SeedSequence((self.seed, epoch, number)).generate_state(1)[0])
                 random.seed(seed)
                 np.random.seed(seed)  # noqa: NPY002 - the generator that timm's transforms draw from
-                torch.manual_seed(seed)
+                torch.default_generator.manual_seed(seed)  # torch.manual_seed notes a traceback for each kind of GPU
                 return self.transform(image), target
         except (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError) as error:
             samples = getattr(self.base, "samples", None)

@@ -267,7 +267,7 @@ class TimmModule(pl.LightningModule):
         """
         place = (int(os.environ.get("PL_GLOBAL_SEED", 0)), self.current_epoch, batch_idx, self.global_rank)
         first, second = np.random.SeedSequence(place).generate_state(2)
-        torch.manual_seed(int(first))
+        (torch.default_generator if self.device.type == "cpu" else torch).manual_seed(int(first))
         np.random.seed(second)  # noqa: NPY002 - the generator that timm's mixup draws from
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
