@@ -19,6 +19,7 @@ COMMANDS = {
     "benchmark": "speed and memory of models, beside their residual twins",
     "compare": "train variants beside their residual twin and report",
     "report": "write a study's table and pictures again, from its CSV files",
+    "inspect": "what the connections of a trained model do: tables and pictures",
     "sample": "draw images with a diffusion model",
     "score": "compare drawn images with real ones: FID, or a distance on a small classifier",
     "encode": "turn a folder of images into latents of a VAE",

@@ -27,8 +27,9 @@ from hcvision.convert import coverage
 from hcvision.data import ImageData
 from hcvision.evaluation import ClassReport
 from hcvision.export import export
+from hcvision.insight import inspect as inspect_run
 from hcvision.latents import encode_folder, load_vae
-from hcvision.prediction import predict
+from hcvision.prediction import load_module, predict
 from hcvision.report import report
 from hcvision.runs import (
     Stopped,
@@ -424,17 +425,15 @@ def load_generator(
                 f"{file} holds other weights than a {model}: {lacking[0]} is not in it, or of another size"
             )
         return able_to_draw(module)
-    checkpoint = read_checkpoint(file)
-    hparams = checkpoint.get("hyper_parameters", {})
+    hparams = read_checkpoint(file).get("hyper_parameters", {})
     if "objective" not in hparams:
         what = "a classifier" if "model" in hparams else "no checkpoint of ours (--model says what weights are of)"
         raise ValueError(f"{file} is {what}; `hcvision sample` draws with diffusion models")
-    module = ImageGenerator(**{**hparams, "pretrained": False, "init_from": None, "vae": vae or hparams["vae"]})
-    module.on_load_checkpoint(checkpoint)
-    module.load_state_dict(checkpoint["state_dict"])
-    module.data_config |= checkpoint.get("data_config", {})
-    module.class_names = checkpoint.get("class_names")
-    return able_to_draw(module)
+    generator, checkpoint = load_module(file, vae=vae or hparams["vae"])
+    assert isinstance(generator, ImageGenerator)
+    generator.data_config |= checkpoint.get("data_config", {})
+    generator.class_names = checkpoint.get("class_names")
+    return able_to_draw(generator)
 
 
 def able_to_draw(module: ImageGenerator) -> ImageGenerator:
@@ -547,6 +546,7 @@ COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
     "predict": run_function(predict),
     "export": run_function(export),
     "benchmark": run_function(benchmark),
+    "inspect": run_function(inspect_run),
     "compare": compare,
     "report": run_function(report),
     "sample": run_function(sample),

@@ -204,6 +204,29 @@ def _columns(model: Any, family: Family) -> list[list[Any]]:
     return [list(_flat(container)) for container in containers]
 
 
+def stages(model: Any) -> list[list[Any]]:
+    """The blocks that have connections, or can have them, in runs through which streams of one width pass.
+
+    Raises:
+        ValueError: a model or a block that ``convert`` does not take.
+    """
+    family = _family(model)
+    breaks = set(family.breaks(model))
+    runs: list[list[Any]] = []
+    for column in _columns(model, family):
+        runs.append([])
+        dim = 0
+        for i, block in enumerate(column):
+            if _mixin(block).why_not(block):
+                runs.append([])
+                continue
+            if i in breaks or (dim and _mixin(block).dim(block) != dim):
+                runs.append([])
+            dim = _mixin(block).dim(block)
+            runs[-1].append(block)
+    return [run for run in runs if run]
+
+
 def _flat(container: nn.Module) -> Iterator[nn.Module]:
     for child in container.children():
         if isinstance(child, nn.Sequential):

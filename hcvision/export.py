@@ -11,16 +11,14 @@ from typing import Any
 
 import timm
 import torch
-import yaml
 from timm.models import save_for_hf
 from torch import Tensor, nn
 
 from hcvision import vit_names
 from hcvision.convert import ConnectedModel, hcvision_converted
-from hcvision.data import TIMM_PREFIXES, ImageData
+from hcvision.data import TIMM_PREFIXES
 from hcvision.images import Images, collate
-from hcvision.prediction import MULTI_LABEL, Classifier, Files, find_images, in_one_line, load_classifier
-from hcvision.runs import checkpoint_folder
+from hcvision.prediction import MULTI_LABEL, Classifier, Files, find_images, in_one_line, load_classifier, run_data
 
 HUB, ONNX, PT2 = "model.safetensors", "model.onnx", "model.pt2"
 WRITTEN = {HUB, ONNX, f"{ONNX}.data", PT2, "config.json"}
@@ -208,19 +206,17 @@ def _images_to_check(checkpoint: str, classifier: Classifier, images: list[str] 
 
 def _validation_images(checkpoint: str, classifier: Classifier) -> tuple[Tensor | None, str]:
     """Validation images of a run, or None, and what they are or why there are none, in words."""
-    path = Path(checkpoint)
-    run = path if path.is_dir() else path.absolute().parent.parent
-    if not path.exists() or not checkpoint_folder(run).is_dir() or not (run / "config.yaml").is_file():
-        return None, "no config.yaml says what the data are"
     try:
-        config = yaml.safe_load((run / "config.yaml").read_text())["data"]
-        if config.get("dataset", "folder").startswith((*TIMM_PREFIXES, "latents")):
-            return None, f"the dataset {config['dataset']} is not looked into"
-        data = ImageData(**{**config, "num_workers": 0})
+        data = run_data(checkpoint)
+    except ValueError as error:
+        return None, str(error)
+    if data.dataset.startswith((*TIMM_PREFIXES, "latents")):
+        return None, f"the dataset {data.dataset} is not looked into"
+    try:
         data.setup("validate")
         base, indices = data.stages["val"]
         found, bad = _read(classifier.dataset(base, [indices[i] for i in _spread(len(indices))]))
-    except (OSError, ValueError, TypeError, KeyError, RuntimeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
         return None, f"the run's cannot be opened: {in_one_line(error)}"
     return found, bad if found is None else f"{len(found)} validation images of the run"
 

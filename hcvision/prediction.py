@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from PIL import Image
 from safetensors import SafetensorError
 from timm.data import create_transform, resolve_model_data_config
@@ -22,11 +23,11 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
 from hcvision.convert import create_model
-from hcvision.data import count_workers
+from hcvision.data import ImageData, count_workers
 from hcvision.dit import DiT
 from hcvision.images import BadImage, Images, collate, open_image, walk_files
 from hcvision.runs import best_checkpoint, checkpoint_folder, pick_device, read_checkpoint, write_whole
-from hcvision.training import ImageClassifier
+from hcvision.training import ImageClassifier, ImageGenerator, TimmModule
 
 WEIGHTS = ("ema", "raw")
 PRECISIONS: dict[str, torch.dtype | None] = {"32": None, "bf16": torch.bfloat16, "16": torch.float16}
@@ -91,49 +92,95 @@ def load_classifier(source: str, weights: str = "ema") -> Classifier:
         return _from_hub(source)
     if (path / "config.json").is_file():
         return _from_hub(f"local-dir:{source}")
-    if path.is_dir():
-        file = best_checkpoint(path)
-        if file is None and (checkpoint_folder(path).is_dir() or (path / "config.yaml").is_file()):
-            raise FileNotFoundError(f"there is no checkpoint in the run {path} yet")
-        if file is None:
-            raise ValueError(
-                f"{path} holds no classifier: neither checkpoints/best.ckpt or last.ckpt, as a run does, nor "
-                "config.json and model.safetensors, as timm saves models"
+    return _from_checkpoint(find_checkpoint(source), weights)
+
+
+def find_checkpoint(source: str) -> Path:
+    """The file that a run's folder (its best checkpoint, or its last) or a path stands for.
+
+    Raises:
+        FileNotFoundError: there is no checkpoint.
+        ValueError: the folder is no run's.
+    """
+    path = Path(source)
+    if not path.is_dir():
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"there is no {source}; a run's folder, a checkpoint, a folder that timm saved or hf-hub:OWNER/NAME "
+                "would work"
             )
-        return _from_checkpoint(file, weights)
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"there is no {source}; a run's folder, a checkpoint, a folder that timm saved or hf-hub:OWNER/NAME "
-            "would work"
+        return path
+    file = best_checkpoint(path)
+    if file is None and (checkpoint_folder(path).is_dir() or (path / "config.yaml").is_file()):
+        raise FileNotFoundError(f"there is no checkpoint in the run {path} yet")
+    if file is None:
+        raise ValueError(
+            f"{path} holds no classifier: neither checkpoints/best.ckpt or last.ckpt, as a run does, nor "
+            "config.json and model.safetensors, as timm saves models"
         )
-    return _from_checkpoint(path, weights)
+    return file
 
 
-def _from_checkpoint(file: Path, weights: str) -> Classifier:
+def load_module(file: Path, weights: str = "ema", **changes: Any) -> tuple[TimmModule, dict[str, Any]]:
+    """The module of a checkpoint, with its weights, in evaluation mode, and the checkpoint.
+
+    Args:
+        file: a checkpoint of ours.
+        weights: ema or raw, as ``load_classifier`` has it.
+        **changes: of the arguments that the module was made with.
+
+    Raises:
+        ValueError: it is something else, or damaged.
+    """
+    if weights not in WEIGHTS:
+        raise ValueError(f"weights must be ema or raw, got {weights!r}")
     checkpoint = read_checkpoint(file)
     hparams = checkpoint.get("hyper_parameters") if isinstance(checkpoint, dict) else None
     if not isinstance(hparams, dict) or "model" not in hparams or "state_dict" not in checkpoint:
         raise ValueError(f"{file} is no checkpoint of ours; those of a run are in RUN/checkpoints")
-    if "objective" in hparams:
-        raise ValueError(f"{file} is a diffusion model, which classifies nothing; `hcvision sample` draws with it")
-    hparams = hparams | {name: value for name, value in FOR_TRAINING.items() if name in hparams}
+    kind: Any = ImageGenerator if "objective" in hparams else ImageClassifier
+    hparams = hparams | {name: value for name, value in FOR_TRAINING.items() if name in hparams} | changes
     try:
-        module = ImageClassifier(**hparams)
+        module = kind(**hparams)
     except (TypeError, RuntimeError) as error:
         raise ValueError(f"{file} is of a model that cannot be built: {in_one_line(error)}") from error
     averaged = "current_model_state" in checkpoint
     state = checkpoint["current_model_state" if averaged and weights == "raw" else "state_dict"]
     module.on_load_checkpoint({**checkpoint, "state_dict": state})
     module.load_state_dict(state)
+    return module.eval(), checkpoint
+
+
+def run_data(source: str) -> ImageData:
+    """The data of the run that a folder or a checkpoint in it is of, as its config.yaml has them.
+
+    Raises:
+        ValueError: no config.yaml says what they are, or they cannot be opened.
+    """
+    path = Path(source)
+    run = path if path.is_dir() else path.absolute().parent.parent
+    if not path.exists() or not checkpoint_folder(run).is_dir() or not (run / "config.yaml").is_file():
+        raise ValueError("no config.yaml says what the data are")
+    try:
+        config = yaml.safe_load((run / "config.yaml").read_text())["data"]
+        return ImageData(**{**config, "num_workers": 0})
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError, yaml.YAMLError) as error:
+        raise ValueError(f"the run's cannot be opened: {in_one_line(error)}") from error
+
+
+def _from_checkpoint(file: Path, weights: str) -> Classifier:
+    module, checkpoint = load_module(file, weights)
+    if isinstance(module, ImageGenerator):
+        raise ValueError(f"{file} is a diffusion model, which classifies nothing; `hcvision sample` draws with it")
     config = checkpoint.get("data_config") or module.data_config
     if "vae" in config:
         raise ValueError(f"{file} classifies latents; image files have to be encoded first (`hcvision encode`)")
     return Classifier(
-        module.model.eval(),
+        module.model,
         checkpoint.get("class_names"),
         config,
-        bool(hparams.get("multi_label", False)),
-        f"{file} ({weights} weights)" if averaged else str(file),
+        bool(module.hparams.get("multi_label", False)),
+        f"{file} ({weights} weights)" if "current_model_state" in checkpoint else str(file),
     )
 
 

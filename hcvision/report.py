@@ -174,7 +174,8 @@ def table(results: list[dict[str, Any]], study: Outcome) -> list[str]:
     with_start = any(value is not None for values in starts.values() for value in values)
     columns: list[list[str]] = [["variant", *study.variants]]
     if with_start:
-        columns.append(["at start %", *(TOP1.show(statistics.mean(starts[v])) for v in study.variants)])
+        known = {v: "" if None in values else TOP1.show(statistics.mean(values)) for v, values in starts.items()}
+        columns.append(["at start %", *known.values()])
     for metric in study.metrics:
         values = by_variant(results, study, metric.name)
         column = [metric.heading]
@@ -215,7 +216,7 @@ def findings(results: list[dict[str, Any]], study: Outcome) -> list[str]:
     open_: list[str] = []
     for variant, differences in compared.items():
         mean, half = statistics.mean(differences), interval(differences)
-        firm = "*" if abs(mean) > interval(differences, len(compared)) else ""
+        firm = "*" if len(compared) > 1 and abs(mean) > interval(differences, len(compared)) else ""
         said = f"{variant}{firm} {show_interval(differences, metric)}"
         sign = 1 if metric.more_is_better else -1
         (better if sign * mean > half else worse if sign * mean < -half else open_).append(said)
@@ -310,6 +311,7 @@ def draw_curves(rows: list[dict[str, Any]], study: Outcome) -> Figure:
                     if row["variant"] == variant and row.get(curve.name) is not None:
                         points.setdefault(row["epoch"], []).append(row[curve.name] * curve.factor)
                 style = {"color": COLORS[place % len(COLORS)], "linestyle": STYLES[place // len(COLORS) % len(STYLES)]}
+                points = dict(sorted(points.items()))  # a seed may lack an epoch that others have
                 means = [statistics.mean(values) for values in points.values()]
                 axes.plot([*points], means, label=variant, marker=".", **style)
                 if len(study.seeds) > 1 and len(study.variants) <= 4:

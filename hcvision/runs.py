@@ -138,6 +138,8 @@ class StopCleanly(Checkpoint):
     A checkpoint callback, so that it comes after the others in every hook, the averaging of weights included.
     """
 
+    patient = False  # a second signal is no other wish, where another process stops this one
+
     def __init__(self, run: Path):
         self.run = run
         self.signal: int | None = None
@@ -151,6 +153,8 @@ class StopCleanly(Checkpoint):
 
     def receive(self, number: int, _: Any) -> None:
         if self.signal is not None:
+            if self.patient:
+                return
             self.give_back()
             raise KeyboardInterrupt
         self.signal = number

@@ -18,7 +18,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -124,13 +124,14 @@ class Study:
                 raise ValueError(f"{what} must be one or more different ones, got {values}")
         if data.get("multi_label") or model.get("multi_label"):
             raise ValueError("a study reports top-1, which images with several labels (multi_label) do not have")
-        if jobs < 1 or (jobs > 1 and trainer.get("devices", 1) not in (1, "1")):
-            raise ValueError(
-                f"jobs must be at least 1, and 1 where a run has several devices, got {jobs} with "
-                f"devices={trainer.get('devices', 1)}"
-            )
         changes = variants if isinstance(variants, dict) else dict.fromkeys(variants)
         self.changes = {name: self.check_variant(name, change or {}) for name, change in changes.items()}
+        for change in ({}, *self.changes.values()):
+            count = merge(trainer, change.get("trainer")).get("devices", 1)
+            if jobs < 1 or (jobs > 1 and count not in (1, "1")):
+                raise ValueError(
+                    f"jobs must be at least 1, and 1 where a run has several devices, got {jobs} with devices={count}"
+                )
         self.out, self.title, self.variants, self.seeds = Path(out), title, [*changes], seeds
         self.model, self.data = model, data
         self.trainer = {**trainer, "devices": 1} if jobs > 1 else trainer
@@ -168,19 +169,29 @@ class Study:
             "model": self.model_arguments(variant), "data": {**self.data, "root": None},
             "trainer": self.trainer_arguments(variant), **own, **self.more_settings,
         }  # fmt: skip
-        return self.plain(settings)
+        return self.of_consequence(settings)
+
+    def of_consequence(self, settings: dict[str, Any]) -> dict[str, Any]:
+        """The same, plain, without what leaves results as they are: one device is said where there are jobs."""
+        settings = self.plain(settings)
+        if settings["trainer"].get("devices") in (1, "1"):
+            del settings["trainer"]["devices"]
+        return settings
 
     def plain(self, settings: dict[str, Any]) -> dict[str, Any]:
         """The same as JSON has it, without what is as by default."""
         settings = json.loads(json.dumps(settings))
-        groups = {"model": self.module, "data": ImageData, "trainer": pl.Trainer}
-        for group, cls in groups.items():
-            usual = json.loads(json.dumps(defaults(cls), default=str))
+        for group, usual in self.usual().items():
             settings[group] = {
                 key: value for key, value in settings[group].items() if key not in usual or value != usual[key]
             }
-        settings["trainer"].pop("enable_progress_bar", None)  # of no consequence
+        settings["trainer"].pop("enable_progress_bar", None)
         return settings
+
+    def usual(self) -> dict[str, dict[str, Any]]:
+        """The defaults of model, data and trainer, as JSON has them."""
+        groups = {"model": self.module, "data": ImageData, "trainer": pl.Trainer}
+        return {group: json.loads(json.dumps(defaults(cls), default=str)) for group, cls in groups.items()}
 
     def cell_folder(self, variant: str, seed: int) -> Path:
         return self.out / variant / f"seed{seed}"
@@ -204,13 +215,19 @@ class Study:
         self.check_settings()
         missing = [cell for cell in self.cells if self.read_result(*cell) is None]
         if is_first_process() and missing:
-            self.prepare()
+            with self.alone():
+                self.prepare()
         with self.helpers(min(self.jobs, len(missing))):
             self.run_cells(say)
         if is_first_process():
-            self.write(self.costs(say))
-            write_report(self.out)
+            with self.alone():
+                self.write(self.costs(say))
+                write_report(self.out)
         return self.out / "report.md"
+
+    def alone(self) -> FileLock:
+        """Held by a process that does what is done once per study: others that work on it wait."""
+        return FileLock(self.out / "lock")
 
     @contextlib.contextmanager
     def helpers(self, jobs: int) -> Iterator[None]:
@@ -293,7 +310,8 @@ class Study:
             path = self.cell_folder(variant, seed) / "settings.json"
             if not path.is_file():
                 continue
-            difference = first_difference(self.plain(json.loads(path.read_text())), self.settings(variant))
+            there, here = self.of_consequence(json.loads(path.read_text())), self.settings(variant)
+            difference = first_difference(merge(self.usual(), there), merge(self.usual(), here))
             if difference:
                 raise ValueError(
                     f"{path.parent} was run with other settings ({difference}); "
@@ -305,13 +323,14 @@ class Study:
         return json.loads(path.read_text()) if path.is_file() else None
 
     def run_cell(self, variant: str, seed: int) -> dict[str, Any]:
-        folder, began = self.cell_folder(variant, seed), time.monotonic()
+        folder, began, here = self.cell_folder(variant, seed), time.monotonic(), environment(self.device)
         pl.seed_everything(seed, workers=True, verbose=False)
         data = ImageData(**self.data, seed=seed)
         model = self.build_model(variant, data.num_classes, seed)
         data.prepare_data()
         if is_first_process():
             write_json(folder / "settings.json", self.settings(variant))
+            write_yaml(folder / "config.yaml", self.run_config(variant, seed))
             keep_metrics(folder)
         quiet: dict[str, Any] = {"enable_model_summary": False, "num_sanity_val_steps": 0}
         if self.jobs > 1:
@@ -342,7 +361,7 @@ class Study:
             "epochs": epochs,
             "images": steps * data.batch_size * trainer.world_size * trainer.accumulate_grad_batches,
             "seconds": round(time.monotonic() - began, 1),
-            "environment": environment(self.device),
+            "environment": here,
         }
         if is_first_process():
             write_json(folder / "result.json", result)
@@ -350,6 +369,17 @@ class Study:
             if isinstance(callback, StopCleanly) and callback.was_asked:
                 callback.leave(f"stopped after {variant}, seed {seed}")
         return result
+
+    def run_config(self, variant: str, seed: int) -> dict[str, Any]:
+        """A cell as a run: its folder is one, for `hcvision test`, `inspect`, `export`, ..."""
+        model = {"connection": self.connection(variant), **self.model_arguments(variant)}
+        about = {"task": self.task, "seed_everything": seed, "run": str(self.cell_folder(variant, seed))}
+        return {
+            **about,
+            "model": model,
+            "data": {**self.data, "seed": seed},
+            "trainer": self.trainer_arguments(variant),
+        }
 
     def score(self, folder: Path, model: Any, metrics: dict[str, float]) -> dict[str, float | None]:
         """What the table wants to know of a trained cell."""
@@ -406,11 +436,11 @@ class Study:
         names = ("variant", "seed", *self.columns, "parameters", "epochs", "images", "seconds")
         write_csv(self.out / "results.csv", [{name: result.get(name) for name in names} for result in results])
         write_curves(self.out, {cell: self.cell_folder(*cell) for cell in self.cells}, self.curves)
-        first = results[0]
-        epochs, seeds = ("" if count == 1 else "s" for count in (first["epochs"], len(self.seeds)))
+        epochs, images = (span([result[name] for result in results]) for name in ("epochs", "images"))
+        seeds = "s" * (len(self.seeds) > 1)
         sizes = ", ".join(f"{key} {value}" for key, value in (self.model.get("model_args") or {}).items())
-        lead = f"{self.data['dataset']}, {self.model['model']}{f' ({sizes})' if sizes else ''}, {first['epochs']} "
-        lead += f"epoch{epochs}, {first['images']:,} images each, seed{seeds} {', '.join(map(str, self.seeds))}"
+        lead = f"{self.data['dataset']}, {self.model['model']}{f' ({sizes})' if sizes else ''}, {epochs} "
+        lead += f"epoch{'s' * (epochs != '1')}, {images} images each, seed{seeds} {', '.join(map(str, self.seeds))}"
         seen = Counter(json.dumps(result.get("environment"), sort_keys=True) for result in results)
         environments = [{**json.loads(one), "cells": count} for one, count in seen.items() if one != "null"]
         outcome = Outcome(
@@ -418,7 +448,7 @@ class Study:
             self.notes(), self.pictures(), environments,
         )  # fmt: skip
         outcome.write(self.out)
-        write_whole(self.out / "config.yaml", yaml.safe_dump(self.config(), sort_keys=False, width=120).encode())
+        write_yaml(self.out / "config.yaml", self.config())
 
     def config(self) -> dict[str, Any]:
         """The study as a configuration of ``hcvision compare``."""
@@ -427,7 +457,7 @@ class Study:
         listed = [*self.changes] if not any(self.changes.values()) else self.changes
         out = f"runs/{self.out.name}" if self.out.is_absolute() else str(self.out)
         about = {"title": self.title, "task": self.task, "out": out, "variants": listed, "seeds": self.seeds}
-        return json.loads(json.dumps({**about, "timing_rounds": self.timing_rounds, **plain}))
+        return {**about, "timing_rounds": self.timing_rounds, **plain}
 
     def notes(self) -> list[str]:
         """What the reader of the table has to know and its files do not say: what the variants are."""
@@ -549,9 +579,13 @@ class GenerationStudy(Study):
 
     def config(self) -> dict[str, Any]:
         numbers = ("samples", "sample_batch", "real_images", "classifier_epochs", "inception")
-        real = {} if self.real_data is self.data else {"real_data": {**self.real_data, "root": None}}
-        more = {"sampling": asdict(self.sampling), **{name: getattr(self, name) for name in numbers}, **real}
-        return super().config() | more
+        more = {"sampling": asdict(self.sampling), **{name: getattr(self, name) for name in numbers}}
+        if self.real_data is not self.data:
+            more["real_data"] = {key: value for key, value in self.real_data.items() if key != "root"}
+        usual = defaults(ImageData)
+        cut = {name: self.data.get(name, usual[name]) for name in ("scale", "ratio", "crop_pct")}
+        known = super().config()  # which leaves out defaults; the command has others for these three
+        return {**known, **more, "data": {**known["data"], **cut}}
 
     def prepare(self) -> None:
         """Have the network that scores, before several processes are bound together: it is trained in one.
@@ -671,22 +705,36 @@ def flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield f"{prefix}{key}", value
 
 
+def write_yaml(path: Path, value: dict[str, Any]) -> None:
+    """Write it whole or not at all; tuples as lists."""
+    write_whole(path, yaml.safe_dump(json.loads(json.dumps(value)), sort_keys=False, width=120).encode())
+
+
+def span(values: list[int]) -> str:
+    low, high = min(values), max(values)
+    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
+
+
 def environment(device: str) -> dict[str, Any]:
     """Where this runs, with which versions, and the git revision of this package (+ where it was changed since)."""
     versions = {"Python": platform.python_version(), "torch": torch.__version__, "timm": timm.__version__}
     versions["Lightning"] = pl.__version__
-    package = Path(__file__).parent
+    return {"device": name_device(device), "versions": versions, "revision": revision(Path(__file__).parent)}
+
+
+@cache  # of the code that this process has read, whatever is there when its last cell ends
+def revision(package: Path) -> str:
 
     def git(*arguments: str) -> str:
         done = subprocess.run(["git", "-C", str(package), *arguments], capture_output=True, text=True, check=False)
         return done.stdout.strip()
 
     try:
-        revision = git("log", "-1", "--format=%h", "--", ".")
-        revision += "+" if revision and git("status", "--porcelain", "--", ".") else ""
+        found = git("log", "-1", "--format=%h", "--", ".")
+        found += "+" if found and git("status", "--porcelain", "--", ".") else ""
     except OSError:  # no git here
-        revision = ""
-    return {"device": name_device(device), "versions": versions, "revision": revision or "unknown"}
+        found = ""
+    return found or "unknown"
 
 
 def help_along(study: Study, threads: int) -> None:
@@ -694,6 +742,7 @@ def help_along(study: Study, threads: int) -> None:
     quieten()
     keep_freed_memory()
     torch.set_num_threads(threads)
+    StopCleanly.patient = True  # Ctrl-C goes to all processes, and the first one's SIGTERM follows it
     try:
         study.run_cells()
     except Stopped as stop:

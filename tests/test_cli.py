@@ -536,9 +536,11 @@ def test_every_config_parses_and_its_models_build(path, monkeypatch, tmp_path):
         weights.touch()
     if "variants" in config:
         monkeypatch.setattr("hcvision.data.ImageData.prepare_data", lambda self: None)
-        for variant in config["variants"]:
+        listed = config["variants"]
+        for variant in listed:
+            alone = [variant] if isinstance(listed, list) else {variant: listed[variant]}
             with pytest.raises(Built):
-                main(["compare", f"--config={path}", f"--variants=[{variant}]", "--out=study"])
+                main(["compare", f"--config={path}", f"--variants={json.dumps(alone)}", "--out=study"])
     else:
         with pytest.raises(Built):
             main(["fit", f"--config={path}"])

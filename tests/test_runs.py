@@ -1,5 +1,6 @@
 """The folder of a run."""
 
+import signal
 import subprocess
 import sys
 
@@ -7,7 +8,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 
-from hcvision.runs import equip, last_checkpoint, read_checkpoint, write_whole
+from hcvision.runs import StopCleanly, equip, last_checkpoint, read_checkpoint, write_whole
 
 
 class Net(pl.LightningModule):
@@ -45,6 +46,25 @@ def test_last_is_the_last_epoch_and_best_the_best(tmp_path, monitor, best):
     resumed = train(tmp_path / "b", 4, ("val_top1", "max"), last_checkpoint(tmp_path / "b"))
     assert resumed == {"last": 3, "best": 1}
     assert {path.name for path in (tmp_path / "b" / "checkpoints").iterdir()} == {"last.ckpt", "best.ckpt"}
+
+
+@pytest.mark.parametrize("patient", [False, True])
+def test_a_second_signal_stops_at_once(tmp_path, monkeypatch, patient):
+    """But not a process that another one stops, to which Ctrl-C has gone too."""
+    monkeypatch.setattr(StopCleanly, "patient", patient)
+    stop, before = StopCleanly(tmp_path), signal.getsignal(signal.SIGTERM)
+    stop.on_train_start(None, None)
+    signal.raise_signal(signal.SIGINT)
+    try:
+        signal.raise_signal(signal.SIGTERM)
+        at_once = False
+    except KeyboardInterrupt:
+        at_once = True
+    finally:
+        stop.give_back()
+    assert at_once is not patient
+    assert stop.signal == signal.SIGINT
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_files_are_there_whole_or_not_at_all(tmp_path):

@@ -747,6 +747,78 @@ def test_freezing_arguments(build):
         build("inception_v4", grad_checkpointing=True, model_args={})
 
 
+@pytest.mark.parametrize("connection", ["dhc2", "sfc2"])
+@pytest.mark.parametrize(("part", "held", "free"), [("width", "alpha", "beta"), ("depth", "beta", "alpha")])
+def test_half_of_a_connection_is_held_still(build, fit, connection, part, held, free):
+    """All of it, also where the trunk is frozen for a while and thaws; all the rest is trained."""
+    model = build(connection=connection, lr=1e-2, weight_decay=0.1, connection_decay=True, connection_freeze=part)
+    before = weights_of(model)
+    fit(model, 2)
+    names = {name for name in before if ".connection" in name and held in name}
+    assert len(names) == 4 * (3 if connection == "dhc2" else 1)
+    assert {name for name in before if ".connection" in name} - names == {
+        name for name in before if ".connection" in name and free in name
+    }
+    assert moved(model, before) == set(before) - names
+    model = build(connection=connection, lr=1e-2, connection_freeze=part, freeze_epochs=1)
+    before = weights_of(model)
+    fit(model, 2)
+    assert moved(model, before) == set(before) - names
+
+
+def test_what_cannot_be_frozen(build):
+    for connection in ("residual", None):
+        with pytest.raises(ValueError, match="connection_freeze='width' needs a model with connections, this one has"):
+            build(connection=connection, connection_freeze="width")
+    with pytest.raises(ValueError, match="connection_freeze must be one of width, depth, got 'alpha'"):
+        build(connection="dhc2", connection_freeze="alpha")
+
+
+@pytest.mark.parametrize("connection", ["dhc2", "dfc2"])
+def test_connections_decay_where_they_are_told_to(build, fit, connection):
+    """Without a gradient a step of AdamW is the decay alone: a factor of 1 - lr * weight_decay."""
+
+    class NoGradient(pl.Callback):
+        def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+            for parameter in pl_module.parameters():
+                parameter.grad = None if parameter.grad is None else torch.zeros_like(parameter)
+
+    for decay in (False, True):
+        model = build(connection=connection, lr=0.5, sched="constant", weight_decay=0.1, connection_decay=decay)
+        randomize(model.model)
+        before = weights_of(model)
+        trainer = fit(model, 1, limit_train_batches=2, callbacks=[NoGradient()])
+        groups = [parameter for group in trainer.optimizers[0].param_groups for parameter in group["params"]]
+        assert sorted(map(id, groups)) == sorted(map(id, model.model.parameters()))
+        for name, value in model.model.state_dict().items():
+            own = ".connection" in name
+            shrinks = (
+                decay or "_fn" in name if own else before[name].ndim > 1 and name not in ("pos_embed", "cls_token")
+            )
+            factor = (1 - 0.5 * 0.1) ** 2 if shrinks else 1.0
+            torch.testing.assert_close(value, before[name] * factor, msg=name)
+
+
+@pytest.mark.parametrize("opt", ["adamw", "muon"])
+def test_rates_and_decay_of_connections_go_together(build, fit, opt):
+    """Each parameter that is trained is in one group, whatever is set apart, and has its rate and its decay."""
+    arguments = {"layer_decay": 0.5, "connection_lr_factor": 4.0, "connection_decay": True, "opt": opt}
+    model = build(
+        connection="dhc2", sched="constant", lr=1e-3, weight_decay=0.3, connection_freeze="depth", **arguments
+    )
+    optimizer = fit(model, 1, limit_train_batches=1).optimizers[0]
+    groups = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
+    trained = {id(parameter) for parameter in model.model.parameters() if parameter.requires_grad}
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(trained)
+    assert set(groups) == trained
+    for index, block in enumerate(model.model.blocks):
+        for name, parameter in block.named_parameters():
+            if parameter.requires_grad:
+                own = name.startswith("connection")
+                assert groups[id(parameter)]["lr"] == pytest.approx(1e-3 * 0.5 ** (2 - index) * (4 if own else 1)), name
+                assert groups[id(parameter)]["weight_decay"] == (0.3 if own or parameter.ndim > 1 else 0), name
+
+
 def test_gradient_checkpointing_changes_memory_and_nothing_else(build, images):
     gradients = []
     for on in (False, True):
