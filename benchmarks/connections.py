@@ -107,11 +107,23 @@ def build_trunk(variant: str, model: VisionTransformer) -> nn.Module:
     if form != "peer":
         converted = convert(copy.deepcopy(model), name)
         return Textbook(model, converted) if form == "textbook" else library_trunk(converted)
+    return nn.Sequential(model.norm_pre, peer_blocks(model, name), model.norm)
+
+
+def peer_blocks(model: VisionTransformer, name: str) -> nn.Sequential:
+    """The blocks of a ViT with the connections of the package hyper-connections.
+
+    Raises:
+        ValueError: the package is not installed, or has no such connection.
+    """
     kind, rate = parse_connection(name)
+    if peer is None or kind not in ("dhc", "dfc"):
+        missing = "is not installed" if peer is None else f"has dynamic connections only, not {name}"
+        raise ValueError(f"hyper-connections {missing}")
     rates = {"num_streams": rate} if kind == "dhc" else {"num_streams": 1, "num_fracs": rate}
     connect, enter, leave = peer.get_init_and_expand_reduce_stream_functions(dim=model.embed_dim, **rates)
     sublayers = [connect(branch=branch, layer_index=k) for k, branch in enumerate(branches(model))]
-    return nn.Sequential(model.norm_pre, enter, *sublayers, leave, model.norm)
+    return nn.Sequential(enter, *sublayers, leave)
 
 
 def check_values(name: str, size: Size) -> float:
