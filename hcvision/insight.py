@@ -351,7 +351,7 @@ class LogConnections(pl.Callback):
             self.batch = tuple(part[: self.images] for part in batch)
 
     @torch.no_grad()
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         batch, self.batch = self.batch, None
         if trainer.sanity_checking or batch is None or trainer.current_epoch % self.every_n_epochs:
             return

@@ -152,8 +152,15 @@ def predicted(values: Sequence[float]) -> float:
 
 
 def by_variant(results: list[dict[str, Any]], study: Outcome, name: str) -> dict[str, list[Any]]:
-    """Values of a column by variant, in the order of the seeds."""
+    """Values of a column by variant, in the order of the seeds.
+
+    Raises:
+        ValueError: a cell is missing.
+    """
     cells = {(row["variant"], row["seed"]): row.get(name) for row in results}
+    missing = [f"{v}/{s}" for v in study.variants for s in study.seeds if (v, s) not in cells]
+    if missing:
+        raise ValueError(f"results.csv lacks {len(missing)} cells of the study: {', '.join(missing[:3])}")
     return {variant: [cells[variant, seed] for seed in study.seeds] for variant in study.variants}
 
 
@@ -252,7 +259,7 @@ def notes(study: Outcome) -> list[str]:
             f"Step time (forward, backward and AdamW, eager, variants interleaved in one process, median) and peak "
             f"memory of a training step are ratios to {first}."
         )
-    return [*study.notes, *lines]
+    return [line for note in [*study.notes, *lines] for line in (note, "")][:-1]
 
 
 def describe(environments: list[dict[str, Any]]) -> list[str]:
@@ -261,7 +268,7 @@ def describe(environments: list[dict[str, Any]]) -> list[str]:
     for one in environments:
         versions = ", ".join(f"{name} {version}" for name, version in one["versions"].items())
         cells = f"{one['cells']} cell{'s' * (one['cells'] > 1)}"
-        lines.append(f"{cells} on {one['device']}; {versions}; revision {one['revision']}.")
+        lines.append(f"- {cells} on {one['device']}; {versions}; revision {one['revision']}.")
     return lines
 
 
@@ -342,7 +349,7 @@ def draw_differences(results: list[dict[str, Any]], study: Outcome) -> Figure:
             mean, half = statistics.mean(shown), metric.factor * interval(differences)
             clear = abs(mean) > half
             color = "#888888" if not clear else "#00798c" if (mean > 0) == metric.more_is_better else "#d1495b"
-            axes.scatter(shown, [place] * len(shown), s=14, color=color, alpha=0.45, linewidths=0)
+            axes.scatter(shown, [place - 0.22] * len(shown), s=14, color=color, alpha=0.6, linewidths=0)
             axes.errorbar(mean, place, xerr=half, color=color, marker="o", markersize=6, capsize=4, linewidth=2)
         axes.set_yticks(range(len(compared)), list(compared))
         axes.set_ylim(len(compared) - 0.5, -0.5)

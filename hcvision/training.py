@@ -68,8 +68,8 @@ class TimmModule(pl.LightningModule):
             rate, connections that start as residual adds a larger one.
         connection_freeze: ``width`` keeps the width-connections (alpha) at their initial values, ``depth`` the
             depth-connections (beta): the papers' ablations.
-        connection_decay: let weight decay have the static parameters and scales of connections too, which the papers
-            warn against.
+        connection_decay: weight decay for all parameters of connections; the papers leave out the static ones and
+            the scales.
         sched: schedule, by timm's name, stepped after every update.
         warmup_steps: updates of linear warm-up before the schedule.
         warmup_epochs: the same in epochs.

@@ -181,9 +181,9 @@ def test_a_report_is_written_from_files_alone(tmp_path, capsys):
     text = write_report(tmp_path).read_text()
     assert text.split("\n")[:4] == ["# Title", "", "folder, vit, 2 epochs.", ""]
     parts = [
-        "| dhc2 ", "\n- better than residual: dhc2 [+0.23, +3.10]\n- in brackets", "\nWhat it is.\nTop-1: the mean",
+        "| dhc2 ", "\n- better than residual: dhc2 [+0.23, +3.10]\n- in brackets", "\nWhat it is.\n\nTop-1: the mean",
         "(differences.png)", "(curves.png)", "\n![samples](samples.png)\n\nSamples.\n",
-        "\n1 cell on a CPU; torch 2.11, timm 1.0; revision abc.\n5 cells on a CPU;",
+        "\n- 1 cell on a CPU; torch 2.11, timm 1.0; revision abc.\n- 5 cells on a CPU;",
     ]  # fmt: skip
     places = [text.index(part) for part in parts]
     assert places == sorted(places)
@@ -195,6 +195,12 @@ def test_a_report_is_written_from_files_alone(tmp_path, capsys):
     assert capsys.readouterr().out == f"{text}\nreport: {tmp_path / 'report.md'}\n"
     for name in ("curves.png", "differences.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_cell_is_missing():
+    results = rows(residual=(0.5, 0.6, 0.7), dhc2=(0.52, 0.61, 0.72))
+    with pytest.raises(ValueError, match=r"results.csv lacks 1 cells of the study: dhc2/1"):
+        table([row for row in results if (row["variant"], row["seed"]) != ("dhc2", 1)], outcome())
 
 
 def test_a_folder_without_study(tmp_path, capsys):
@@ -242,7 +248,7 @@ def test_curves_make_the_round_trip(tmp_path):
 
 def test_places_and_versions():
     one = {"device": "NVIDIA H100", "versions": {"Python": "3.12", "torch": "2.11"}, "revision": "abc+", "cells": 2}
-    assert describe([one]) == ["2 cells on NVIDIA H100; Python 3.12, torch 2.11; revision abc+."]
+    assert describe([one]) == ["- 2 cells on NVIDIA H100; Python 3.12, torch 2.11; revision abc+."]
 
 
 @pytest.mark.parametrize("folder", RESULTS, ids=lambda path: path.name)
