@@ -544,9 +544,9 @@ def count_coverage(arguments: list[str]) -> None:
 COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
     **dict.fromkeys(("fit", "validate", "test"), run_lightning),
     "predict": run_function(predict),
+    "inspect": run_function(inspect_run),
     "export": run_function(export),
     "benchmark": run_function(benchmark),
-    "inspect": run_function(inspect_run),
     "compare": compare,
     "report": run_function(report),
     "sample": run_function(sample),

@@ -212,29 +212,25 @@ def show_interval(differences: Sequence[float], metric: Metric) -> str:
 
 
 def findings(results: list[dict[str, Any]], study: Outcome) -> list[str]:
-    """What the intervals of the first metric with pairs allow one to say, a line per kind of answer."""
-    metric = next((metric for metric in study.metrics if metric.paired), None)
-    if metric is None or len(study.seeds) < 2 or not study.variants[1:]:
+    """What the intervals of the metrics with pairs allow one to say, a line per kind of answer."""
+    paired = [metric for metric in study.metrics if metric.paired]
+    if not paired or len(study.seeds) < 2 or not study.variants[1:]:
         return []
-    first = study.variants[0]
-    compared = against_first(by_variant(results, study, metric.name), study)
-    better: list[str] = []
-    worse: list[str] = []
-    open_: list[str] = []
-    for variant, differences in compared.items():
-        mean, half = statistics.mean(differences), interval(differences)
-        firm = "*" if len(compared) > 1 and abs(mean) > interval(differences, len(compared)) else ""
-        said = f"{variant}{firm} {show_interval(differences, metric)}"
-        sign = 1 if metric.more_is_better else -1
-        (better if sign * mean > half else worse if sign * mean < -half else open_).append(said)
-    unit = f", {metric.unit}" if metric.unit else ""
-    groups = (("better", better), ("worse", worse), ("not told apart", open_))
-    lines = [f"{name} than {first}: {'; '.join(said)}" for name, said in groups[:2] if said]
-    lines += [f"{groups[2][0]} from {first}: {'; '.join(open_)}"] if open_ else []
-    count, seeds = len(compared), len(study.seeds)
-    about = (
-        f"in brackets the 95 % intervals of the paired difference ({metric.heading}{unit}; Student's t, {seeds} seeds)"
-    )
+    lines = []
+    for metric in paired:
+        compared = against_first(by_variant(results, study, metric.name), study)
+        said: dict[str, list[str]] = {"better than": [], "worse than": [], "not told apart from": []}
+        for variant, differences in compared.items():
+            mean, half = statistics.mean(differences), interval(differences)
+            firm = "*" if len(compared) > 1 and abs(mean) > interval(differences, len(compared)) else ""
+            ahead = mean if metric.more_is_better else -mean
+            verdict = "better than" if ahead > half else "worse than" if ahead < -half else "not told apart from"
+            said[verdict].append(f"{variant}{firm} {show_interval(differences, metric)}")
+        about = f"{metric.heading}: " if len(paired) > 1 else ""
+        lines += [f"{about}{verdict} {study.variants[0]}: {'; '.join(ones)}" for verdict, ones in said.items() if ones]
+    of = "; ".join(f"{metric.heading}{f', {metric.unit}' if metric.unit else ''}" for metric in paired)
+    about = f"in brackets the 95 % intervals of the paired difference ({of}; Student's t, {len(study.seeds)} seeds)"
+    count = len(study.variants) - 1
     if count > 1:
         about += f"; of {count} such intervals one in twenty misses by luck, and * holds when the {count} share the 5 %"
     return [*lines, about]

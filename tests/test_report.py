@@ -146,6 +146,16 @@ def test_what_the_intervals_allow_one_to_say(metric):
     assert axes.get_xlabel() == f"{metric.heading} minus residual{', points' if metric is TOP1 else ''}"
 
 
+def test_findings_of_two_metrics():
+    results = rows(residual=(0.5, 0.6, 0.7), dhc2=(0.52, 0.61, 0.72))
+    *lines, about = findings(results, outcome(metrics=(TOP1, Metric("accuracy", "other", paired=False), LOSS)))
+    assert lines == [
+        "top-1 %: better than residual: dhc2 [+0.23, +3.10]",
+        "val loss: worse than residual: dhc2 [+0.0023, +0.0310]",
+    ]
+    assert "(top-1 %, points; val loss; Student's t, 3 seeds)" in about
+
+
 def test_a_single_comparison_has_no_star():
     """The star says what holds for all comparisons; of one there is nothing to say."""
     lines = findings(rows(residual=(0.5, 0.6, 0.7), dhc2=(0.52, 0.621, 0.719)), outcome())
