@@ -99,9 +99,9 @@ def write_report(folder: Path) -> Path:
     """Write report.md and its pictures from the other files of a study. Returns the path of report.md."""
     study, results = read_study(folder), read_results(folder)
     pictures = {"curves.png": " and ".join(curve.label for curve in study.curves)}
-    draw_curves(read_curves(folder), study).savefig(folder / "curves.png", dpi=150)
+    draw_curves(read_curves(folder), study).savefig(folder / "curves.png", dpi=120)
     if findings(results, study):
-        draw_differences(results, study).savefig(folder / "differences.png", dpi=150)
+        draw_differences(results, study).savefig(folder / "differences.png", dpi=120)
         pictures = {"differences.png": f"differences to {study.variants[0]}, their intervals and seeds"} | pictures
     lines = [
         f"# {study.title}", "",
