@@ -43,8 +43,10 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"hcvision {importlib.metadata.version('hcvision')}")
     else:
         check_names(arguments)
-        from hcvision.cli import run
-
+        try:
+            from hcvision.cli import run
+        except KeyboardInterrupt:
+            fail("interrupted", code=130)
         run(arguments)
 
 

@@ -56,7 +56,7 @@ from hcvision.scoring import (
     train_classifier,
 )
 from hcvision.scoring import compare as compare_features
-from hcvision.study import GenerationStudy, Study
+from hcvision.study import GenerationStudy, Study, merge
 from hcvision.training import ImageClassifier, ImageGenerator, TimmModule
 from hcvision_command import fail
 
@@ -315,6 +315,12 @@ def compare(arguments: list[str]) -> int | None:
     config.pop("task")
     defaults = parser.get_defaults().as_dict()["trainer"]
     config["trainer"] = {name: value for name, value in config["trainer"].items() if value != defaults[name]}
+    if isinstance(config["variants"], dict):  # what variants change is of the right type, or said before any training
+        groups = {group: config[group] for group in ("model", "trainer")}
+        for name, changes in config["variants"].items():
+            if isinstance(changes, dict) and all(isinstance(changes.get(group) or {}, dict) for group in groups):
+                own = {group: merge(given, changes.get(group)) for group, given in groups.items()}
+                parser.parse_object({"out": name, **{k: config[k] for k in ("variants", "seeds", "data")}, **own})
     if repeat is not None:
         variant, _, seed = repeat.rpartition("/")
         if not files or not variant or not seed.isdigit():

@@ -207,11 +207,9 @@ def _images_to_check(checkpoint: str, classifier: Classifier, images: list[str] 
 def _validation_images(checkpoint: str, classifier: Classifier) -> tuple[Tensor | None, str]:
     """Validation images of a run, or None, and what they are or why there are none, in words."""
     try:
-        data = run_data(checkpoint)
+        data = run_data(checkpoint, (*TIMM_PREFIXES, "latents"))
     except ValueError as error:
         return None, str(error)
-    if data.dataset.startswith((*TIMM_PREFIXES, "latents")):
-        return None, f"the dataset {data.dataset} is not looked into"
     try:
         data.setup("validate")
         base, indices = data.stages["val"]

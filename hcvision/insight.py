@@ -7,6 +7,7 @@ Letters in shapes: B batch, N tokens, L sub-layers, S streams, V views, E stream
 
 import contextlib
 import copy
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise, product
@@ -18,6 +19,7 @@ import pytorch_lightning as pl
 import torch
 from matplotlib.figure import Figure
 from pytorch_lightning.loggers import TensorBoardLogger
+from timm.models._features import FeatureGetterNet
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -27,9 +29,10 @@ from hcvision.data import ImageData
 from hcvision.evaluation import plain
 from hcvision.families import ConnectedBlock
 from hcvision.prediction import find_checkpoint, load_module, run_data
-from hcvision.runs import is_first_process, pick_device, write_csv
+from hcvision.runs import checkpoint_folder, is_first_process, pick_device, write_csv
 from hcvision.training import TimmModule
 
+STEPS = ("width_connection", "depth_connection")
 QUANTILES = (0.05, 0.5, 0.95)
 OURS, TWIN = "#00798c", "#444444"
 COLORS = ("#00798c", "#d1495b", "#edae49", "#66a182", "#8d5b9e", "#2e4057", "#e07a1f", "#5fa8d3")
@@ -67,19 +70,21 @@ class Passage:
 @contextlib.contextmanager
 def watch(blocks: Iterable[Any], note: Callable[[Passage], None]) -> Iterator[None]:
     """Call ``note`` for every sub-layer of ``blocks`` that the forward passes come through meanwhile, in order."""
-    watched: list[Connection] = []
+    before: list[tuple[Connection, dict[str, Any]]] = []
     try:
         for block in blocks:
             own = connections_of(block)
             for k, connection in enumerate(own):
                 enters, leaves = k == 0 and block.entry_rate > 1, k == len(own) - 1 and block.exit_rate > 1
-                watched.append(connection)
+                before.append((connection, {name: vars(connection).get(name) for name in STEPS}))
                 _wrap(connection, note, enters, leaves)
         yield
     finally:
-        for connection in watched:
-            for name in ("width_connection", "depth_connection"):
-                connection.__dict__.pop(name, None)
+        for connection, steps in reversed(before):
+            for name, step in steps.items():
+                vars(connection).pop(name, None)
+                if step is not None:  # somebody else watches too
+                    vars(connection)[name] = step
 
 
 def _wrap(connection: Any, note: Callable[[Passage], None], enters: bool, leaves: bool) -> None:
@@ -101,15 +106,14 @@ def _wrap(connection: Any, note: Callable[[Passage], None], enters: bool, leaves
         note(Passage(Mixing(alpha.detach(), beta.detach(), enters, leaves), *parts))
         return after
 
-    connection.__dict__["width_connection"] = width_connection
-    connection.__dict__["depth_connection"] = depth_connection
+    vars(connection).update(zip(STEPS, (width_connection, depth_connection), strict=True))
 
 
 def connections_of(block: nn.Module) -> list[Any]:
     return [module for module in block.children() if isinstance(module, Connection)]
 
 
-def unfold(mixings: list[Mixing]) -> Tensor:
+def unfold(mixings: list[Mixing], reduce: Callable[[Tensor], Tensor] = lambda row: row) -> Tensor:
     """How much of every earlier output is in the input of each sub-layer (HC eq. 20 and 27), token by token.
 
     Source 0 is the embedding, source j the output of sub-layer j - 1; the last row is the read-out, the mean over
@@ -120,6 +124,7 @@ def unfold(mixings: list[Mixing]) -> Tensor:
 
     Args:
         mixings: of the sub-layers of a stage, in order, from one forward pass.
+        reduce: done with every row (B, ..., V, L+1, V) as soon as it is there, such as ``by_image``.
 
     Returns:
         c, (B, ..., L+1, V, L+1, V), in float32 at least.
@@ -139,13 +144,14 @@ def unfold(mixings: list[Mixing]) -> Tensor:
     for k, mixing in enumerate(mixings):
         if mixing.enters and k:
             state = state.expand(*state.shape[:-3], mixing.streams, -1, -1)
-        mixed = torch.einsum("...sm,...sjq->...mjq", mixing.alpha, state)
-        rows.append(mixed[..., :views, :, :])
+        with torch.autocast(alpha.device.type, enabled=False):
+            mixed = torch.einsum("...sm,...sjq->...mjq", mixing.alpha, state)
+        rows.append(reduce(mixed[..., :views, :, :]))
         state = mixed[..., views:, :, :].clone()
         state[..., torch.arange(mixing.streams), k + 1, _fractions(mixing)] += mixing.beta
         if mixing.leaves:
             state = state.mean(-3, keepdim=True)
-    rows.append(state.unflatten(-3, (-1, views)).mean(-4))
+    rows.append(reduce(state.unflatten(-3, (-1, views)).mean(-4)))
     return torch.stack(rows, dim=-4)
 
 
@@ -153,9 +159,9 @@ def _fractions(mixing: Mixing) -> list[int]:
     return [stream % mixing.views for stream in range(mixing.streams)]
 
 
-def by_image(c: Tensor) -> Tensor:
-    """The mean over the tokens of each image: (B, ..., L+1, V, L+1, V) -> (B, L+1, V, L+1, V)."""
-    return c.flatten(1, -5).mean(1) if c.dim() > 5 else c
+def by_image(row: Tensor) -> Tensor:
+    """The mean over the tokens of each image: (B, ..., V, L+1, V) -> (B, V, L+1, V)."""
+    return row.flatten(1, -4).mean(1) if row.dim() > 4 else row
 
 
 def join_fractions(c: Tensor) -> Tensor:
@@ -198,14 +204,14 @@ def unfolded_matrix(
         mixings: list[Mixing] = []
         with watch(columns[stage or 0], lambda passage: mixings.append(passage.mixing)):
             inner(*images) if isinstance(images, tuple) else inner(images)
-    c = by_image(unfold(mixings)).mean(0)
+    c = unfold(mixings, by_image).mean(0)
     return c if per_fraction else join_fractions(c)
 
 
 @contextlib.contextmanager
 def look_inside(model: Any) -> Iterator[tuple[nn.Module, list[list[Any]]]]:
     """The model, or a copy with the connections that its residual adds are, in evaluation mode, and its stages."""
-    inner = model.model if isinstance(model, TimmModule) else model
+    inner = model.model if isinstance(model, TimmModule | FeatureGetterNet) else model
     was_training = [(module, module.training) for module in inner.modules()]
     try:
         inner = connect_adds(inner)
@@ -268,7 +274,7 @@ class StageNotes:
         self.betas[k].append(tokens[1].mean(1).float().cpu())
         if k + 1 == len(self.names):
             self.note_streams(k + 1, passage.after)
-            self.matrices.append(by_image(unfold(self.mixings)).cpu())
+            self.matrices.append(unfold(self.mixings, by_image).cpu())
             self.mixings, self.last_input = [], None
 
     def note_streams(self, k: int, streams: Tensor) -> None:
@@ -345,6 +351,11 @@ class LogConnections(pl.Callback):
             raise ValueError(f"images and every_n_epochs must be at least 1, got {images} and {every_n_epochs}")
         self.images, self.every_n_epochs = images, every_n_epochs
         self.batch: Any = None
+        self.works = True
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Raise ValueError when the model has no blocks to look into."""
+        stages(pl_module.model)
 
     def on_validation_batch_start(self, trainer, pl_module, batch, batch_idx, dataloader_idx=0) -> None:
         if batch_idx == 0:
@@ -353,16 +364,23 @@ class LogConnections(pl.Callback):
     @torch.no_grad()
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         batch, self.batch = self.batch, None
-        if trainer.sanity_checking or batch is None or trainer.current_epoch % self.every_n_epochs:
+        if trainer.sanity_checking or trainer.current_epoch % self.every_n_epochs or not self.works:
+            return
+        if batch is None or not len(batch[0]):
             return
         inner = pl_module.model
         notes = [StageNotes(blocks) for blocks in stages(inner)]
         if not all(isinstance(block, ConnectedBlock) for stage in notes for block in stage.blocks):
             return  # residual adds: ones, now and always
-        with contextlib.ExitStack() as watching:
-            for stage in notes:
-                watching.enter_context(watch(stage.blocks, stage.note))
-            pl_module.batch_loss(batch)
+        try:
+            with contextlib.ExitStack() as watching:
+                for stage in notes:
+                    watching.enter_context(watch(stage.blocks, stage.note))
+                pl_module.batch_loss(batch)
+        except ValueError as error:
+            self.works = False
+            warnings.warn(f"no matrix of connections is logged: {error}", stacklevel=2)
+            return
         if not is_first_process():
             return
         folder = Path(trainer.default_root_dir) / "connections"
@@ -415,34 +433,49 @@ def inspect(
     folder = Path(out) if out else default_folder(Path(checkpoint))
     if folder.exists() and not (folder.is_dir() and (overwrite or not any(folder.iterdir()))):
         raise FileExistsError(f"{folder} exists; --overwrite true writes into it, --out names another folder")
-    notes, labels, names = look(checkpoint, images, batch_size, weights, data, device)
-    twin_notes = look(twin, images, batch_size, weights, data, device)[0] if twin else []
+    module, source = open_run(checkpoint, weights, data)
+    twins: list[StageNotes] = []
+    if twin:
+        other, _ = open_run(twin, weights, data)
+        kinds = [[name_sublayers(blocks) for blocks in stages(connect_adds(m.model))] for m in (module, other)]
+        if kinds[0] != kinds[1] or any(isinstance(part, Connection) for part in other.modules()):
+            raise ValueError(f"{twin} is no residual twin of {checkpoint}: other blocks, or connections of its own")
+        twins = look(other, source, images, batch_size, device)[0]
+    notes, labels, names = look(module, source, images, batch_size, device)
     for number, stage in enumerate(notes):
         place = folder if len(notes) == 1 else folder / f"stage{number}"
-        other = twin_notes[number] if len(twin_notes) == len(notes) else None
-        if other is not None and other.names != stage.names:
-            raise ValueError(f"{twin} is no twin: it has {len(other.names)} sub-layers, not {len(stage.names)}")
-        write_stage(place, stage, other, labels, names)
+        write_stage(place, stage, twins[number] if twins else None, labels, names)
     print(f"{len(labels)} validation images, {sum(len(stage.names) for stage in notes)} sub-layers")
-    print("\n".join(summarize(notes, twin_notes)))
+    print("\n".join(summarize(notes, twins)))
     print(f"written to {folder}")
 
 
 def default_folder(checkpoint: Path) -> Path:
-    run = checkpoint if checkpoint.is_dir() else checkpoint.absolute().parent.parent
-    return run / "inspect"
+    if checkpoint.is_dir():
+        return checkpoint / "inspect"
+    place = checkpoint.absolute().parent
+    return (
+        place.parent / "inspect"
+        if place.name == checkpoint_folder(Path()).name
+        else place / f"{checkpoint.stem}.inspect"
+    )
 
 
-def look(
-    checkpoint: str, images: int, batch_size: int, weights: str, data: dict[str, Any] | None, device: str
-) -> tuple[list[StageNotes], Tensor, list[str]]:
-    """What a checkpoint's model does with validation images: notes per stage, their labels (I,), the classes' names."""
+def open_run(checkpoint: str, weights: str, data: dict[str, Any] | None) -> tuple[TimmModule, ImageData]:
+    """The module of a checkpoint, and its data."""
     module, _ = load_module(find_checkpoint(checkpoint), weights)
-    module.model = connect_adds(module.model)
     try:
         source = ImageData(**{"num_workers": 0, **data}) if data else run_data(checkpoint)
     except (ValueError, TypeError) as error:
         raise ValueError(f"the data of {checkpoint} are not known: {error}; --data names some") from error
+    return module, source
+
+
+def look(
+    module: TimmModule, source: ImageData, images: int, batch_size: int, device: str
+) -> tuple[list[StageNotes], Tensor, list[str]]:
+    """What a model does with validation images: notes per stage, their labels (I,), the classes' names."""
+    module.model = connect_adds(module.model)
     source.prepare_data()
     source.setup("validate")
     source.batch_size = source.eval_batch_size = min(batch_size, images)
@@ -565,10 +598,7 @@ def weight_rows(stage: StageNotes) -> list[dict[str, Any]]:
     """Per sub-layer and weight: mean and standard deviation over images."""
     rows = []
     for k, sublayer in enumerate(stage.names):
-        each = weights_by_image(stage, k)
-        spread = each.std(0) if len(each) > 1 else torch.zeros(each.shape[1])
-        for name, mean, std in zip(names_of(stage, k), each.mean(0).tolist(), spread.tolist(), strict=True):
-            rows.append({"sub-layer": sublayer, "weight": name, "mean": f"{mean:.6f}", "std": f"{std:.6f}"})
+        rows += [{"sub-layer": sublayer} | row for row in mean_rows(weights_by_image(stage, k), names_of(stage, k))]
     return rows
 
 
@@ -579,13 +609,23 @@ def class_means(stage: StageNotes, k: int, labels: Tensor) -> Tensor:
 
 
 def class_rows(stage: StageNotes, labels: Tensor, classes: list[str]) -> list[dict[str, Any]]:
-    """Per class, sub-layer and weight: the mean over the class's images."""
+    """Per class, sub-layer and weight: mean and standard deviation over the class's images, and how many those are."""
     rows = []
     for k, sublayer in enumerate(stage.names):
-        for label, means in zip(labels.unique().tolist(), class_means(stage, k, labels).tolist(), strict=True):
-            about = {"class": classes[label], "sub-layer": sublayer}
-            rows += [about | {"weight": n, "mean": f"{m:.6f}"} for n, m in zip(names_of(stage, k), means, strict=True)]
+        for label in labels.unique().tolist():
+            each = weights_by_image(stage, k)[labels == label]
+            about = {"class": classes[label], "images": len(each), "sub-layer": sublayer}
+            rows += [about | row for row in mean_rows(each, names_of(stage, k))]
     return rows
+
+
+def mean_rows(each: Tensor, names: list[str]) -> list[dict[str, str]]:
+    """Mean and standard deviation of each weight over images, (I, weights)."""
+    spread = each.std(0) if len(each) > 1 else torch.zeros(each.shape[1])
+    return [
+        {"weight": name, "mean": f"{mean:.6f}", "std": f"{std:.6f}"}
+        for name, mean, std in zip(names, each.mean(0).tolist(), spread.tolist(), strict=True)
+    ]
 
 
 STYLE: Any = {"font.size": 11, "axes.spines.top": False, "axes.spines.right": False}
@@ -612,11 +652,11 @@ def draw_matrix(mean: Tensor, spread: Tensor | None, names: list[str]) -> Figure
             draw_heat(figure, axes, values, signed)
             axes.set_title(title, fontsize=11)
             inputs, sources = [*names, "read-out"], ["embedding", *names]
-            step = 1 if size <= 30 else 2
-            axes.set_xticks(range(0, size, step), sources[::step], rotation=90)
-            axes.set_yticks(range(0, size, step), inputs[::step])
-            color_labels(axes, "x", sources[::step])
-            color_labels(axes, "y", inputs[::step])
+            small = {"fontsize": 11 if size <= 26 else 5}
+            axes.set_xticks(range(size), sources, rotation=90, **small)
+            axes.set_yticks(range(size), inputs, **small)
+            color_labels(axes, "x", sources)
+            color_labels(axes, "y", inputs)
             axes.set_xlabel("output of")
         figure.axes[0].set_ylabel("input of")
         return figure
@@ -632,11 +672,12 @@ def draw_heat(figure: Figure, axes: Any, values: Tensor, signed: bool, block: in
     picture = axes.imshow(shown, **scale, interpolation="none")
     axes.spines[:].set_visible(False)
     figure.colorbar(picture, ax=axes, shrink=0.6)
+    digits = 2 if top >= 0.1 else 3
     if len(values) <= 18:  # there is room to read them
         for row, column in below.nonzero().tolist():
             value = float(values[row, column])
             color = "white" if abs(value) > 0.6 * top else "black"
-            axes.text(column, row, f"{value:.2f}", ha="center", va="center", color=color, fontsize=7)
+            axes.text(column, row, f"{value:.{digits}f}", ha="center", va="center", color=color, fontsize=7)
 
 
 def draw_fractions(fractions: Tensor, names: list[str]) -> Figure:
@@ -663,7 +704,7 @@ def draw_fractions(fractions: Tensor, names: list[str]) -> Figure:
 def draw_similarity(stage: StageNotes, twin: StageNotes | None) -> Figure:
     """Median and 5 to 95 % of the cosine between the inputs of successive sub-layers (HC fig. 3)."""
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(8, 4), layout="constrained")
+        figure = Figure(figsize=(max(8, 1.5 + 0.24 * len(stage.names)), 4), layout="constrained")
         axes = figure.subplots()
         looked = [(stage, OURS, "with connections")] + ([(twin, TWIN, "residual twin")] if twin else [])
         for notes, color, label in looked:
@@ -686,7 +727,7 @@ def draw_streams(stage: StageNotes) -> Figure:
     alike = {row["before"]: row[f"cosine between {part}s"] for row in rows}
     panels = 2 if any(value is not None for value in alike.values()) else 1
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(5 * panels, 4), layout="constrained")
+        figure = Figure(figsize=(max(5, 1.5 + 0.24 * len(places)) * panels, 4), layout="constrained")
         norms, *rest = figure.subplots(1, panels, squeeze=False)[0]
         for stream in sorted({row[part] for row in rows}):
             points = [(places.index(r["before"]), r["norm"]) for r in rows if r[part] == stream]

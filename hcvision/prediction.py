@@ -151,11 +151,11 @@ def load_module(file: Path, weights: str = "ema", **changes: Any) -> tuple[TimmM
     return module.eval(), checkpoint
 
 
-def run_data(source: str) -> ImageData:
+def run_data(source: str, but_not: tuple[str, ...] = ()) -> ImageData:
     """The data of the run that a folder or a checkpoint in it is of, as its config.yaml has them.
 
     Raises:
-        ValueError: no config.yaml says what they are, or they cannot be opened.
+        ValueError: no config.yaml says what they are, they cannot be opened, or the dataset begins as one of ``but_not``.
     """
     path = Path(source)
     run = path if path.is_dir() else path.absolute().parent.parent
@@ -163,9 +163,11 @@ def run_data(source: str) -> ImageData:
         raise ValueError("no config.yaml says what the data are")
     try:
         config = yaml.safe_load((run / "config.yaml").read_text())["data"]
-        return ImageData(**{**config, "num_workers": 0})
+        if not config.get("dataset", "folder").startswith(but_not):
+            return ImageData(**{**config, "num_workers": 0})
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, yaml.YAMLError) as error:
         raise ValueError(f"the run's cannot be opened: {in_one_line(error)}") from error
+    raise ValueError(f"the dataset {config['dataset']} is not looked into")
 
 
 def _from_checkpoint(file: Path, weights: str) -> Classifier:

@@ -33,7 +33,7 @@ class Metric:
     more_is_better: bool = True
 
     def show(self, value: float, sign: str = "") -> str:
-        return f"{self.factor * value:{sign}.{self.digits}f}"
+        return f"{self.factor * value:{sign}z.{self.digits}f}"
 
 
 @dataclass(frozen=True)
@@ -77,10 +77,13 @@ def read_study(folder: Path) -> Outcome:
     path = folder / "study.json"
     if not path.is_file():
         raise FileNotFoundError(f"{folder} holds no study.json; `hcvision compare` writes it when all cells are done")
-    content = json.loads(path.read_text())
-    content["metrics"] = [Metric(**metric) for metric in content["metrics"]]
-    content["curves"] = [Curve(**curve) for curve in content["curves"]]
-    return Outcome(**content)
+    try:
+        content = json.loads(path.read_text())
+        content["metrics"] = [Metric(**metric) for metric in content["metrics"]]
+        content["curves"] = [Curve(**curve) for curve in content["curves"]]
+        return Outcome(**content)
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path} is no study.json of `hcvision compare`, or a damaged one: {error!r}") from error
 
 
 def report(folder: str) -> None:
@@ -122,9 +125,24 @@ def write_report(folder: Path) -> Path:
 
 def read_results(folder: Path) -> list[dict[str, Any]]:
     """The cells in results.csv, numbers as numbers and what is missing as None."""
-    with (folder / "results.csv").open(newline="") as file:
+    return read_rows(folder / "results.csv")
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """A CSV file of numbers and a column ``variant``.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: another column holds text.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no {path}; `hcvision compare` writes it when all cells are done")
+    with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
-    return [{name: value if name == "variant" else number(value) for name, value in row.items()} for row in rows]
+    try:
+        return [{name: value if name == "variant" else number(value) for name, value in row.items()} for row in rows]
+    except (ValueError, AttributeError, TypeError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
 
 
 def number(text: str) -> Any:
@@ -155,12 +173,16 @@ def by_variant(results: list[dict[str, Any]], study: Outcome, name: str) -> dict
     """Values of a column by variant, in the order of the seeds.
 
     Raises:
-        ValueError: a cell is missing.
+        ValueError: a cell is missing, or a metric of it.
     """
     cells = {(row["variant"], row["seed"]): row.get(name) for row in results}
     missing = [f"{v}/{s}" for v in study.variants for s in study.seeds if (v, s) not in cells]
     if missing:
         raise ValueError(f"results.csv lacks {len(missing)} cells of the study: {', '.join(missing[:3])}")
+    if name in [metric.name for metric in study.metrics]:
+        bad = [f"{v}/{s}" for (v, s), value in cells.items() if value is None or not math.isfinite(value)]
+        if bad:
+            raise ValueError(f"results.csv has no finite {name} of {', '.join(bad[:3])}")
     return {variant: [cells[variant, seed] for seed in study.seeds] for variant in study.variants}
 
 
@@ -216,24 +238,32 @@ def findings(results: list[dict[str, Any]], study: Outcome) -> list[str]:
     paired = [metric for metric in study.metrics if metric.paired]
     if not paired or len(study.seeds) < 2 or not study.variants[1:]:
         return []
+    count = (len(study.variants) - 1) * len(paired)
     lines = []
     for metric in paired:
         compared = against_first(by_variant(results, study, metric.name), study)
-        said: dict[str, list[str]] = {"better than": [], "worse than": [], "not told apart from": []}
+        said: dict[str, list[str]] = {verdict: [] for verdict in VERDICTS}
         for variant, differences in compared.items():
-            mean, half = statistics.mean(differences), interval(differences)
-            firm = "*" if len(compared) > 1 and abs(mean) > interval(differences, len(compared)) else ""
-            ahead = mean if metric.more_is_better else -mean
-            verdict = "better than" if ahead > half else "worse than" if ahead < -half else "not told apart from"
-            said[verdict].append(f"{variant}{firm} {show_interval(differences, metric)}")
+            said[judge(differences, metric, count)].append(f"{variant} {show_interval(differences, metric)}")
         about = f"{metric.heading}: " if len(paired) > 1 else ""
         lines += [f"{about}{verdict} {study.variants[0]}: {'; '.join(ones)}" for verdict, ones in said.items() if ones]
     of = "; ".join(f"{metric.heading}{f', {metric.unit}' if metric.unit else ''}" for metric in paired)
     about = f"in brackets the 95 % intervals of the paired difference ({of}; Student's t, {len(study.seeds)} seeds)"
-    count = len(study.variants) - 1
     if count > 1:
-        about += f"; of {count} such intervals one in twenty misses by luck, and * holds when the {count} share the 5 %"
+        about += f"; perhaps: one interval alone excludes zero, but not where the {count} of them share the 5 %"
     return [*lines, about]
+
+
+VERDICTS = ("better than", "worse than", "perhaps better than", "perhaps worse than", "not told apart from")
+
+
+def judge(differences: Sequence[float], metric: Metric, count: int) -> str:
+    """What the intervals of one of ``count`` comparisons allow one to say, a word of ``VERDICTS``."""
+    mean = statistics.mean(differences)
+    if not statistics.stdev(differences) or abs(mean) <= interval(differences):  # a few equal numbers are no certainty
+        return "not told apart from"
+    verdict = "better than" if (mean > 0) == metric.more_is_better else "worse than"
+    return verdict if abs(mean) > interval(differences, count) else f"perhaps {verdict}"
 
 
 def notes(study: Outcome) -> list[str]:
@@ -297,9 +327,7 @@ def write_curves(folder: Path, cells: dict[tuple[str, int], Path], curves: Seque
 
 def read_curves(folder: Path) -> list[dict[str, Any]]:
     """The rows of curves.csv."""
-    with (folder / "curves.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    return [{name: value if name == "variant" else number(value) for name, value in row.items()} for row in rows]
+    return read_rows(folder / "curves.csv")
 
 
 def draw_curves(rows: list[dict[str, Any]], study: Outcome) -> Figure:
@@ -332,9 +360,15 @@ def draw_curves(rows: list[dict[str, Any]], study: Outcome) -> Figure:
         return figure
 
 
+def verdict_color(verdict: str) -> str:
+    colors = {"better than": "#00798c", "perhaps better than": "#7fbcc5"}
+    return (colors | {"worse than": "#d1495b", "perhaps worse than": "#e8a4ad"}).get(verdict, "#888888")
+
+
 def draw_differences(results: list[dict[str, Any]], study: Outcome) -> Figure:
     """Each variant's paired differences to the first: seeds as dots, their mean, and its 95 % interval."""
-    metric = next(metric for metric in study.metrics if metric.paired)
+    paired = [metric for metric in study.metrics if metric.paired]
+    metric, count = paired[0], len(paired) * (len(study.variants) - 1)
     compared = against_first(by_variant(results, study, metric.name), study)
     with matplotlib.rc_context({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False}):
         figure = Figure(figsize=(8, 1.2 + 0.36 * len(compared)), layout="constrained")
@@ -343,8 +377,7 @@ def draw_differences(results: list[dict[str, Any]], study: Outcome) -> Figure:
         for place, differences in enumerate(compared.values()):
             shown = [metric.factor * value for value in differences]
             mean, half = statistics.mean(shown), metric.factor * interval(differences)
-            clear = abs(mean) > half
-            color = "#888888" if not clear else "#00798c" if (mean > 0) == metric.more_is_better else "#d1495b"
+            color = verdict_color(judge(differences, metric, count))
             axes.scatter(shown, [place - 0.22] * len(shown), s=14, color=color, alpha=0.6, linewidths=0)
             axes.errorbar(mean, place, xerr=half, color=color, marker="o", markersize=6, capsize=4, linewidth=2)
         axes.set_yticks(range(len(compared)), list(compared))

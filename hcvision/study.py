@@ -6,11 +6,13 @@ Any number of processes can work on a study at the same time: each takes cells t
 """
 
 import contextlib
+import ctypes
 import inspect
 import json
 import multiprocessing
 import platform
 import re
+import signal
 import statistics
 import subprocess
 import sys
@@ -20,7 +22,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import matplotlib
 import pytorch_lightning as pl
@@ -74,6 +76,10 @@ from hcvision.scoring import (
     train_classifier,
 )
 from hcvision.training import ImageClassifier, ImageGenerator, TimmModule, check_name
+
+FIXED = ("connection", "num_classes")  # of a module's arguments; not for a study's model to say
+NOT_SETTINGS = (*FIXED, "seed")
+RESERVED = ("lock", "classifier")  # names in a study's folder
 
 Cell = tuple[str, int]
 Changes = dict[str, Any]
@@ -139,18 +145,20 @@ class Study:
         self.more_settings: dict[str, Any] = {}
 
     def check_variant(self, name: str, changes: Changes) -> Changes:
-        if not re.fullmatch(r"\w[\w.+-]*", name):
-            raise ValueError(f"a variant's name must be of letters, digits and any of .+-_, got {name!r}")
+        if not re.fullmatch(r"\w[\w.+-]*", name) or name in RESERVED:
+            what = "another one" if name in RESERVED else "of letters, digits and any of .+-_"
+            raise ValueError(f"a variant's name must be {what}, got {name!r}")
         unknown = {*changes} - {"connection", "model", "trainer"}
         if unknown:
             raise ValueError(f"variant {name} can change connection, model and trainer, got {', '.join(unknown)}")
         parse_connection(changes.get("connection", name))
         known = {"model": defaults(self.module), "trainer": defaults(pl.Trainer)}
         for group, names in known.items():
-            for key in changes.get(group) or {}:
-                check_name(
-                    f"{group} of variant {name}", key, [n for n in names if n not in ("connection", "num_classes")]
-                )
+            given = changes.get(group) or {}
+            if not isinstance(given, dict):
+                raise ValueError(f"{group} of variant {name} must be arguments and their values, got {given!r}")
+            for key in given:
+                check_name(f"{group} argument (variant {name})", key, [n for n in names if n not in FIXED])
         return changes
 
     def connection(self, variant: str) -> str:
@@ -163,35 +171,24 @@ class Study:
         return merge(self.trainer, self.changes[variant].get("trainer"))
 
     def settings(self, variant: str) -> dict[str, Any]:
-        """What a cell of a variant depends on, beside its seed; what is as by default is left out."""
+        """What a cell of a variant depends on, beside its seed."""
         own = {} if self.connection(variant) == variant else {"connection": self.connection(variant)}
-        settings = {
-            "model": self.model_arguments(variant), "data": {**self.data, "root": None},
-            "trainer": self.trainer_arguments(variant), **own, **self.more_settings,
-        }  # fmt: skip
-        return self.of_consequence(settings)
+        model, trainer = self.model_arguments(variant), self.trainer_arguments(variant)
+        return self.complete({"model": model, "data": self.data, "trainer": trainer, **own, **self.more_settings})
 
-    def of_consequence(self, settings: dict[str, Any]) -> dict[str, Any]:
-        """The same, plain, without what leaves results as they are: one device is said where there are jobs."""
-        settings = self.plain(settings)
-        if settings["trainer"].get("devices") in (1, "1"):
+    def complete(self, settings: dict[str, Any]) -> dict[str, Any]:
+        """The same as JSON has it, with the defaults of model and data, without what leaves results as they are."""
+        settings = json.loads(json.dumps(settings))
+        for group, cls in {"model": self.module, "data": ImageData}.items():
+            usual = json.loads(json.dumps({k: v for k, v in defaults(cls).items() if k not in NOT_SETTINGS}))
+            settings[group] = {key: value for key, value in merge(usual, settings[group]).items() if value is not None}
+        settings["data"].pop("root", None)
+        usual, given = defaults(pl.Trainer), settings["trainer"]
+        settings["trainer"] = {k: v for k, v in given.items() if k not in usual or v != usual[k]}
+        settings["trainer"].pop("enable_progress_bar", None)
+        if settings["trainer"].get("devices") in (1, "1"):  # said where there are jobs
             del settings["trainer"]["devices"]
         return settings
-
-    def plain(self, settings: dict[str, Any]) -> dict[str, Any]:
-        """The same as JSON has it, without what is as by default."""
-        settings = json.loads(json.dumps(settings))
-        for group, usual in self.usual().items():
-            settings[group] = {
-                key: value for key, value in settings[group].items() if key not in usual or value != usual[key]
-            }
-        settings["trainer"].pop("enable_progress_bar", None)
-        return settings
-
-    def usual(self) -> dict[str, dict[str, Any]]:
-        """The defaults of model, data and trainer, as JSON has them."""
-        groups = {"model": self.module, "data": ImageData, "trainer": pl.Trainer}
-        return {group: json.loads(json.dumps(defaults(cls), default=str)) for group, cls in groups.items()}
 
     def cell_folder(self, variant: str, seed: int) -> Path:
         return self.out / variant / f"seed{seed}"
@@ -232,17 +229,25 @@ class Study:
     @contextlib.contextmanager
     def helpers(self, jobs: int) -> Iterator[None]:
         """All but one of so many processes that run cells; they end with what is done meanwhile."""
-        threads, count = torch.get_num_threads(), max(jobs, 1)
+        if jobs < 2:
+            yield
+            return
+        threads = torch.get_num_threads()
+        share = max(threads // jobs, 1)
         context = multiprocessing.get_context("spawn")
-        share = max(threads // count, 1)
-        processes = [context.Process(target=help_along, args=(self, share)) for _ in range(count - 1)]
-        for process in processes:
-            process.start()
+        processes = [context.Process(target=help_along, args=(self, share)) for _ in range(jobs - 1)]
+        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
-            if processes:
-                torch.set_num_threads(share)
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; this one stops the others
+            for process in processes:
+                process.start()
+            signal.signal(signal.SIGINT, before[signal.SIGINT])
+            signal.signal(signal.SIGTERM, stop)
+            torch.set_num_threads(share)
             yield
         finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
             torch.set_num_threads(threads)
             for process in processes:
                 process.terminate()  # where it is still at work, it keeps a checkpoint and stops
@@ -308,10 +313,10 @@ class Study:
     def check_settings(self) -> None:
         for variant, seed in self.cells:
             path = self.cell_folder(variant, seed) / "settings.json"
-            if not path.is_file():
+            trained = last_checkpoint(path.parent) is not None or self.read_result(variant, seed) is not None
+            if not path.is_file() or not trained:
                 continue
-            there, here = self.of_consequence(json.loads(path.read_text())), self.settings(variant)
-            difference = first_difference(merge(self.usual(), there), merge(self.usual(), here))
+            difference = first_difference(self.complete(json.loads(path.read_text())), self.settings(variant))
             if difference:
                 raise ValueError(
                     f"{path.parent} was run with other settings ({difference}); "
@@ -452,21 +457,25 @@ class Study:
 
     def config(self) -> dict[str, Any]:
         """The study as a configuration of ``hcvision compare``."""
-        data = {key: value for key, value in self.data.items() if key != "root"}
-        plain = self.plain({"model": self.model, "data": data, "trainer": self.trainer})
+        settings = self.complete({"model": self.model, "data": self.data, "trainer": self.trainer})
         listed = [*self.changes] if not any(self.changes.values()) else self.changes
         out = f"runs/{self.out.name}" if self.out.is_absolute() else str(self.out)
         about = {"title": self.title, "task": self.task, "out": out, "variants": listed, "seeds": self.seeds}
-        return {**about, "timing_rounds": self.timing_rounds, **plain}
+        return {**about, "timing_rounds": self.timing_rounds, **settings}
 
     def notes(self) -> list[str]:
         """What the reader of the table has to know and its files do not say: what the variants are."""
-        lines = []
+        lines: list[str] = []
+        changed: dict[str, Any] = {}
         for variant, changes in self.changes.items():
-            told = ", ".join(f"{name} {json.dumps(value)}" for name, value in flat(changes) if name != "connection")
+            told = [(name, value) for name, value in flat(changes) if name != "connection"]
+            changed |= dict(told)
             if told:
-                lines.append(f"{variant} is {self.connection(variant)} with {told}.")
-        return [" ".join(lines)] if lines else []
+                what = ", ".join(f"{name} {json.dumps(value)}" for name, value in told)
+                lines.append(f"{variant} is {self.connection(variant)} with {what}.")
+        base = dict(flat(self.complete({"model": self.model, "data": self.data, "trainer": self.trainer})))
+        others = ", ".join(f"{name} {json.dumps(base[name])}" for name in changed if name in base)
+        return [" ".join([*lines, *([f"The others have {others}."] if others else [])])] if lines else []
 
     def pictures(self) -> dict[str, str]:
         """Pictures of the report beside its curves, drawn here: file names and what they show."""
@@ -488,6 +497,10 @@ class Study:
             ValueError: the study has no such variant, or fewer than two recorded seeds of it.
         """
         check_name("variant", variant, self.variants)
+        if not (recorded / "results.csv").is_file():
+            raise ValueError(f"{recorded} holds no results.csv; --config names the config.yaml of a study with results")
+        if self.read_result(variant, seed) is not None:
+            raise ValueError(f"{self.cell_folder(variant, seed)} has been run already; --out names another folder")
         rows = {row["seed"]: row for row in read_results(recorded) if row["variant"] == variant}
         if len(rows) < 2:
             raise ValueError(f"{recorded} has {len(rows)} recorded seeds of {variant}; a spread needs two at least")
@@ -582,10 +595,9 @@ class GenerationStudy(Study):
         more = {"sampling": asdict(self.sampling), **{name: getattr(self, name) for name in numbers}}
         if self.real_data is not self.data:
             more["real_data"] = {key: value for key, value in self.real_data.items() if key != "root"}
-        usual = defaults(ImageData)
-        cut = {name: self.data.get(name, usual[name]) for name in ("scale", "ratio", "crop_pct")}
-        known = super().config()  # which leaves out defaults; the command has others for these three
-        return {**known, **more, "data": {**known["data"], **cut}}
+        known = super().config()
+        crop_pct = self.data.get("crop_pct")  # None is no default of the command
+        return {**known, **more, "data": {**known["data"], "crop_pct": crop_pct}}
 
     def prepare(self) -> None:
         """Have the network that scores, before several processes are bound together: it is trained in one.
@@ -737,8 +749,15 @@ def revision(package: Path) -> str:
     return found or "unknown"
 
 
+def stop(number: int, _: Any) -> NoReturn:
+    """End as asked, where no training is under way that would keep a checkpoint first."""
+    raise Stopped(128 + number, "stopped")
+
+
 def help_along(study: Study, threads: int) -> None:
-    """Run cells of a study in a process of its own."""
+    """Run cells of a study in a process of its own, which ends with the one that started it."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
     quieten()
     keep_freed_memory()
     torch.set_num_threads(threads)

@@ -185,7 +185,7 @@ def test_notes_of_a_stage(tiny):
         assert row["cosine between streams"] == pytest.approx(
             (unit[..., 0, :] * unit[..., 1, :]).sum(-1).mean().item(), abs=1e-5
         )
-    each = join_fractions(by_image(unfold([p.mixing for p in seen])))
+    each = join_fractions(unfold([p.mixing for p in seen], by_image))
     mean, spread = notes.matrix()
     torch.testing.assert_close(mean, each.mean(0), rtol=0, atol=1e-12)
     torch.testing.assert_close(spread, each.std(0), rtol=0, atol=1e-12)

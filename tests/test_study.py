@@ -65,7 +65,7 @@ def test_a_study_runs_reports_and_is_not_run_twice(make, monkeypatch, tmp_path):
     assert (
         "(img_size 32, patch_size 8, embed_dim 48, depth 2, num_heads 3), 2 epochs, 144 images each, seeds 0, 1" in text
     )
-    assert re.search(r"^6 cells on .*; Lightning .*, Python .*, timm .*, torch .*; revision \S+\.$", text, re.M)
+    assert re.search(r"^- 6 cells on .*; Lightning .*, Python .*, timm .*, torch .*; revision \S+\.$", text, re.M)
 
     monkeypatch.setattr(Study, "run_cell", lambda *_: pytest.fail("ran a finished cell again"))
     assert make().run(say=lambda _: None).read_text() == text
