@@ -155,7 +155,8 @@ def run_data(source: str, but_not: tuple[str, ...] = ()) -> ImageData:
     """The data of the run that a folder or a checkpoint in it is of, as its config.yaml has them.
 
     Raises:
-        ValueError: no config.yaml says what they are, they cannot be opened, or the dataset begins as one of ``but_not``.
+        ValueError: no config.yaml says what they are, they cannot be opened, or are a dataset that begins as one of
+            ``but_not``.
     """
     path = Path(source)
     run = path if path.is_dir() else path.absolute().parent.parent
