@@ -260,7 +260,8 @@ VERDICTS = ("better than", "worse than", "perhaps better than", "perhaps worse t
 def judge(differences: Sequence[float], metric: Metric, count: int) -> str:
     """What the intervals of one of ``count`` comparisons allow one to say, a word of ``VERDICTS``."""
     mean = statistics.mean(differences)
-    if not statistics.stdev(differences) or abs(mean) <= interval(differences):  # a few equal numbers are no certainty
+    alike = statistics.stdev(differences) < 1e-6  # equal, but for float32; a few equal numbers are no certainty
+    if alike or abs(mean) <= interval(differences):
         return "not told apart from"
     verdict = "better than" if (mean > 0) == metric.more_is_better else "worse than"
     return verdict if abs(mean) > interval(differences, count) else f"perhaps {verdict}"

@@ -758,6 +758,9 @@ def help_along(study: Study, threads: int) -> None:
     """Run cells of a study in a process of its own, which ends with the one that started it."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+    parent = multiprocessing.parent_process()
+    if parent is not None and not parent.is_alive():  # it was killed before that
+        sys.exit(128 + signal.SIGTERM)
     quieten()
     keep_freed_memory()
     torch.set_num_threads(threads)

@@ -112,56 +112,78 @@ def test_accuracy_at_the_start():
 
 @pytest.mark.parametrize("metric", [TOP1, LOSS])
 def test_what_the_intervals_allow_one_to_say(metric):
+    """Five share the 5 %: with 2 degrees of freedom t is 9.9248 instead of 4.3027."""
     first = (0.5, 0.6, 0.7)
     more = {
-        "clear": (0.52, 0.61, 0.72),  # 2, 1, 2: 1.667 ± 1.434, and ± 2.550 where three share the 5 %
-        "firm": (0.52, 0.621, 0.719),  # 2, 2.1, 1.9: 2 ± 0.248, and ± 0.442
+        "clear": (0.52, 0.61, 0.72),  # 2, 1, 2: 1.667 ± 1.434, and ± 3.308 where five share the 5 %
+        "firm": (0.52, 0.621, 0.719),  # 2, 2.1, 1.9: 2 ± 0.248, and ± 0.573
         "less": (0.48, 0.579, 0.681),
         "open": (0.53, 0.60, 0.72),  # 3, 0, 2: 1.667 ± 3.795
+        "flat": (0.51, 0.6100000143, 0.7099999785),  # 1, 1, 1 in float32
     }
     study = outcome(("residual", *more), metrics=(Metric("accuracy", "other", paired=False), metric))
     results = rows(residual=first, **more)
     *lines, about = findings(results, study)
-    up, down = ("better", "worse") if metric is TOP1 else ("worse", "better")
     if metric is TOP1:
-        said = ["clear [+0.23, +3.10]; firm* [+1.75, +2.25]", "less* [-2.25, -1.75]", "open [-2.13, +5.46]"]
+        clear, firm, less = "clear [+0.23, +3.10]", "firm [+1.75, +2.25]", "less [-2.25, -1.75]"
+        none = "open [-2.13, +5.46]; flat [+1.00, +1.00]"
+        said = [
+            f"better than residual: {firm}",
+            f"worse than residual: {less}",
+            f"perhaps better than residual: {clear}",
+        ]
     else:
-        said = ["clear [+0.0023, +0.0310]; firm* [+0.0175, +0.0225]", "less* [-0.0225, -0.0175]"]
-        said.append("open [-0.0213, +0.0546]")
-    told = {up: f"{up} than residual: {said[0]}", down: f"{down} than residual: {said[1]}"}
-    assert lines == [told["better"], told["worse"], f"not told apart from residual: {said[2]}"]
+        clear, firm, less = "clear [+0.0023, +0.0310]", "firm [+0.0175, +0.0225]", "less [-0.0225, -0.0175]"
+        none = "open [-0.0213, +0.0546]; flat [+0.0100, +0.0100]"
+        said = [
+            f"better than residual: {less}",
+            f"worse than residual: {firm}",
+            f"perhaps worse than residual: {clear}",
+        ]
+    assert lines == [*said, f"not told apart from residual: {none}"]
     unit = "top-1 %, points" if metric is TOP1 else "val loss"
-    assert about.startswith(
-        f"in brackets the 95 % intervals of the paired difference ({unit}; Student's t, 3 seeds); of"
+    assert about == (
+        f"in brackets the 95 % intervals of the paired difference ({unit}; Student's t, 3 seeds); perhaps: one "
+        "interval alone excludes zero, but not where the 5 of them share the 5 %"
     )
-    assert about.endswith("of 4 such intervals one in twenty misses by luck, and * holds when the 4 share the 5 %")
 
     (axes,) = draw_differences(results, study).axes
     assert [label.get_text() for label in axes.get_yticklabels()] == [*more]
     (low, _), (high, _) = axes.containers[0].lines[2][0].get_segments()[0]
     assert [low, high] == pytest.approx([metric.factor * (5 - 4.302653) / 300, metric.factor * (5 + 4.302653) / 300])
-    good, bad = "#00798c", "#d1495b"
-    colors = [good, good, bad, "#888888"] if metric is TOP1 else [bad, bad, good, "#888888"]
+    good, bad, maybe = ("#00798c", "#d1495b", "#7fbcc5") if metric is TOP1 else ("#d1495b", "#00798c", "#e8a4ad")
+    colors = [maybe, good, bad, "#888888", "#888888"]
     assert [container.lines[0].get_color() for container in axes.containers] == colors
     assert axes.get_xlabel() == f"{metric.heading} minus residual{', points' if metric is TOP1 else ''}"
 
 
 def test_findings_of_two_metrics():
+    """They share the 5 % too: with 2 degrees of freedom t is 6.2053, and the half 2.068."""
     results = rows(residual=(0.5, 0.6, 0.7), dhc2=(0.52, 0.61, 0.72))
-    *lines, about = findings(results, outcome(metrics=(TOP1, Metric("accuracy", "other", paired=False), LOSS)))
+    study = outcome(metrics=(TOP1, Metric("accuracy", "other", paired=False), LOSS))
+    *lines, about = findings(results, study)
     assert lines == [
-        "top-1 %: better than residual: dhc2 [+0.23, +3.10]",
-        "val loss: worse than residual: dhc2 [+0.0023, +0.0310]",
+        "top-1 %: perhaps better than residual: dhc2 [+0.23, +3.10]",
+        "val loss: perhaps worse than residual: dhc2 [+0.0023, +0.0310]",
     ]
-    assert "(top-1 %, points; val loss; Student's t, 3 seeds)" in about
+    assert "(top-1 %, points; val loss; Student's t, 3 seeds); perhaps: " in about
+    assert about.endswith("where the 2 of them share the 5 %")
+    assert draw_differences(results, study).axes[0].containers[0].lines[0].get_color() == "#7fbcc5"
 
 
-def test_a_single_comparison_has_no_star():
-    """The star says what holds for all comparisons; of one there is nothing to say."""
-    lines = findings(rows(residual=(0.5, 0.6, 0.7), dhc2=(0.52, 0.621, 0.719)), outcome())
-    assert lines[0] == "better than residual: dhc2 [+1.75, +2.25]"
+def test_a_single_comparison_shares_with_none():
+    """What excludes zero alone is no perhaps there: 1.667 ± 1.434."""
+    results = rows(residual=(0.5, 0.6, 0.7), dhc2=(0.52, 0.61, 0.72))
+    lines = findings(results, outcome())
+    assert lines[0] == "better than residual: dhc2 [+0.23, +3.10]"
     assert len(lines) == 2
     assert lines[1].endswith("Student's t, 3 seeds)")
+    assert draw_differences(results, outcome()).axes[0].containers[0].lines[0].get_color() == "#00798c"
+
+
+def test_no_minus_before_a_zero():
+    assert [LOSS.show(value) for value in (-0.00004, -0.00006)] == ["0.0000", "-0.0001"]
+    assert [LOSS.show(value, "+") for value in (-0.00004, 0.00004, -0.00006)] == ["+0.0000", "+0.0000", "-0.0001"]
 
 
 def write(folder, study, results, curves=None):
@@ -211,6 +233,49 @@ def test_a_cell_is_missing():
     results = rows(residual=(0.5, 0.6, 0.7), dhc2=(0.52, 0.61, 0.72))
     with pytest.raises(ValueError, match=r"results.csv lacks 1 cells of the study: dhc2/1"):
         table([row for row in results if (row["variant"], row["seed"]) != ("dhc2", 1)], outcome())
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "message"),
+    [
+        ("results.csv", "dhc2,1,0.61", "dhc2,1,nan", "results.csv has no finite top1 of dhc2/1"),
+        ("results.csv", "dhc2,1,0.61", "dhc2,1,inf", "results.csv has no finite top1 of dhc2/1"),
+        ("results.csv", "dhc2,1,0.61", "dhc2,1,", "results.csv has no finite top1 of dhc2/1"),
+        (
+            "results.csv",
+            "dhc2,1,0.61",
+            "dhc2,1,good",
+            "results.csv is damaged: could not convert string to float: 'good'",
+        ),
+        ("results.csv", "dhc2,1,0.61,0.61,1000", "dhc2,1,0.61,0.61,1000,7", "results.csv is damaged: "),
+        (
+            "results.csv",
+            None,
+            None,
+            r"there is no .*results\.csv; `hcvision compare` writes it when all cells are done",
+        ),
+        ("curves.csv", None, None, r"there is no .*curves\.csv; `hcvision compare` writes it when all cells are done"),
+        ("study.json", "", "[", "study.json is no study.json of `hcvision compare`, or a damaged one: JSONDecodeError"),
+        ("study.json", "", "{}", r"study.json is no study.json .*, or a damaged one: KeyError\('metrics'\)"),
+    ],
+)
+def test_damaged_files(file, old, new, message, tmp_path, capsys):
+    write(tmp_path, outcome(), rows(residual=(0.5, 0.6, 0.7), dhc2=(0.52, 0.61, 0.72)))
+    path = tmp_path / file
+    text = path.read_text()
+    if new is None:
+        path.unlink()
+    else:
+        assert old in text
+        path.write_text(text.replace(old, new) if old else new)
+    with pytest.raises(FileNotFoundError if new is None else ValueError, match=message) as error:
+        report(str(tmp_path))
+    assert "\n" not in str(error.value)
+    with pytest.raises(SystemExit) as end:
+        main(["report", str(tmp_path)])
+    assert end.value.code == 2
+    assert capsys.readouterr().err.startswith(f"hcvision: error: {error.value} (")
+    assert not (tmp_path / "report.md").exists()
 
 
 def test_a_folder_without_study(tmp_path, capsys):

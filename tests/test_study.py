@@ -1,3 +1,4 @@
+import contextlib
 import csv
 import json
 import multiprocessing
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -93,6 +95,17 @@ def compare_again(out, root, monkeypatch, capsys):
     return re.findall(r"^\[\d/\d\] (\S+), seed (\d): done before", said, re.MULTILINE)
 
 
+MODEL = {  # what an ImageClassifier and ImageData are by default, without None
+    "pretrained": False, "freeze_epochs": 0, "linear_probe": False, "opt": "adamw", "weight_decay": 0.05,
+    "connection_lr_factor": 1.0, "connection_decay": False, "sched": "cosine", "warmup_steps": 0, "warmup_epochs": 0.0,
+    "warmup_lr": 0.0, "min_lr": 0.0, "compile": False, "grad_checkpointing": False, "skip_nonfinite": 0,
+    "label_smoothing": 0.0, "mixup": 0.0, "cutmix": 0.0, "mixup_prob": 1.0, "multi_label": False,
+}  # fmt: skip
+DATA = {
+    "dataset": "folder", "file_column": "file", "label_column": "label", "multi_label": False, "label_separator": ";",
+    "split_seed": 0, "train_split": "train", "val_split": "val", "test_split": "test", "scale": [0.08, 1.0],
+    "ratio": [3 / 4, 4 / 3], "hflip": 0.5, "re_prob": 0.0, "no_aug": False, "skip_bad_images": False,
+}  # fmt: skip
 VARIANTS = {
     "residual": {},
     "wide": {"connection": "residual", "model": {"model_args": {"mlp_ratio": 5.0}}},
@@ -105,28 +118,29 @@ def test_variants_change_settings(make, image_folder, tiny, tmp_path, monkeypatc
     assert [study.build_model(v, 3, 0).model.blocks[0].mlp.fc1.out_features for v in VARIANTS] == [192, 240, 192]
     assert study.model_arguments("wide")["model_args"] == {**tiny, "mlp_ratio": 5.0}
     assert study.model == make().model
-    assert study.settings("wide") == {
-        "model": {"model": "vit_tiny_patch16_224", "model_args": {**tiny, "mlp_ratio": 5.0}},
-        "data": {"root": None, "batch_size": 8, "num_workers": 0}, "connection": "residual",
-        "trainer": {"max_epochs": 2, "accelerator": "cpu"},
+    complete = {
+        "model": {**MODEL, "model": "vit_tiny_patch16_224", "model_args": tiny, "lr": 1e-3},
+        "data": {**DATA, "batch_size": 8, "num_workers": 0}, "trainer": {"max_epochs": 2, "accelerator": "cpu"},
     }  # fmt: skip
+    wide = {**complete["model"], "model_args": {**tiny, "mlp_ratio": 5.0}}
+    assert study.settings("wide") == {**complete, "model": wide, "connection": "residual"}
+    assert study.settings("residual") == complete
     assert study.settings("long")["trainer"] == {"max_epochs": 3, "accelerator": "cpu"}
-    assert "connection" not in study.settings("residual")
     out = study.run(say=lambda _: None).parent
     rows = {row["variant"]: row for row in csv.DictReader((out / "results.csv").read_text().splitlines())}
     assert [(row["epochs"], row["images"]) for row in rows.values()] == [("2", "144"), ("2", "144"), ("3", "216")]
     sizes = [int(row["parameters"]) for row in rows.values()]
     assert [size - sizes[0] for size in sizes] == [0, 2 * (2 * 48 * 48 + 48), 0]  # 48 more in the MLPs of two blocks
     text = (out / "report.md").read_text()
-    assert "wide is residual with model.model_args.mlp_ratio 5.0. long is residual with trainer.max_epochs 3." in text
+    notes = "wide is residual with model.model_args.mlp_ratio 5.0. long is residual with trainer.max_epochs 3."
+    assert f"\n{notes} The others have trainer.max_epochs 2.\n" in text
     assert "), 2 to 3 epochs, 144 to 216 images each, seed 0.\n" in text
     assert [*read_curve(out / "long" / "seed0", ["val_top1"])["val_top1"]] == [0, 1, 2]
     assert from_files(out, tmp_path) == text
     config = yaml.safe_load((out / "config.yaml").read_text())
     assert config == {
         "title": "Connections compared", "task": "classify", "out": "runs/study", "variants": VARIANTS, "seeds": [0],
-        "timing_rounds": 0, "model": {"model": "vit_tiny_patch16_224", "model_args": tiny},
-        "data": {"batch_size": 8, "num_workers": 0}, "trainer": {"max_epochs": 2, "accelerator": "cpu"},
+        "timing_rounds": 0, **complete,
     }  # fmt: skip
     assert compare_again(out, image_folder, monkeypatch, capsys) == [(variant, "0") for variant in VARIANTS]
 
@@ -136,35 +150,52 @@ def test_a_list_of_variants_stays_a_list(make, monkeypatch, tmp_path):
     config = make(out="runs/there", trainer={"max_epochs": 2, "devices": 1}).config()
     assert config["variants"] == ["residual", "dhc2", "dfc2"]
     assert config["out"] == "runs/there"
-    assert config["trainer"] == {"max_epochs": 2, "devices": 1}
+    assert config["trainer"] == {"max_epochs": 2}
 
 
-def test_settings_leave_out_what_is_as_by_default(make, tiny):
-    """Cells of a version that listed defaults, or knows arguments that it did not, are taken as they are."""
+def test_notes_say_what_the_others_have(make):
+    """Also a default; what the others do not have at all is not said, nor the connection."""
+    changes = {"model": {"lr": 0.01, "weight_decay": 0.2, "opt_args": {"eps": 1e-6}}, "trainer": {"max_epochs": 9}}
+    variants = {"residual": {}, "dhc2": changes, "fast": {"connection": "dhc2", "model": {"lr": 0.1}}}
+    told = "model.lr 0.01, model.weight_decay 0.2, model.opt_args.eps 1e-06, trainer.max_epochs 9"
+    assert make(variants=variants).notes() == [
+        f"dhc2 is dhc2 with {told}. fast is dhc2 with model.lr 0.1. "
+        "The others have model.lr 0.001, model.weight_decay 0.05, trainer.max_epochs 2."
+    ]
+    assert make(variants={"residual": {}, "a": {"connection": "dhc2"}}).notes() == []
+
+
+def test_settings_of_another_version(make, tiny):
+    """What they lack is as by default today; a default that they record stays what it was."""
     there = {
-        "model": {
-            "model": "vit_tiny_patch16_224",
-            "model_args": tiny,
-            "lr": 1e-3,
-            "weight_decay": 0.05,
-            "opt": "adamw",
-        },
-        "data": {"root": None, "dataset": "folder", "batch_size": 8, "num_workers": 0, "scale": [0.08, 1.0]},
+        "model": {"model": "vit_tiny_patch16_224", "model_args": tiny, "lr": 1e-3, "weight_decay": 0.05, "vae": None},
+        "data": {"root": None, "batch_size": 8, "num_workers": 0, "scale": [0.08, 1.0]},
         "trainer": {"max_epochs": 2, "accelerator": "cpu", "enable_progress_bar": True, "precision": None},
     }
     path = make().cell_folder("residual", 0) / "settings.json"
     path.parent.mkdir(parents=True)
     path.write_text(json.dumps(there))
+    checkpoint = path.parent / "checkpoints" / "last.ckpt"
+    checkpoint.parent.mkdir()
+    checkpoint.touch()
     make().check_settings()
     make(jobs=2).check_settings()  # with devices=1
     for group, name, value, message in (
         ("model", "weight_decay", 0.1, "model.weight_decay is 0.1 there and 0.05 here"),
+        ("model", "ema_decay", 0.9, "model.ema_decay is 0.9 there and None here"),
+        ("model", "lr", None, "model.lr is None there and 0.001 here"),
         ("data", "scale", [0.5, 1.0], r"data.scale is \[0.5, 1.0\] there and \[0.08, 1.0\] here"),
-        ("trainer", "devices", 2, "trainer.devices is 2 there and 'auto' here"),
+        ("data", "hflip", 0.25, "data.hflip is 0.25 there and 0.5 here"),
+        ("trainer", "devices", 2, "trainer.devices is 2 there and None here"),
     ):
         path.write_text(json.dumps({**there, group: {**there[group], name: value}}))
         with pytest.raises(ValueError, match=rf"residual/seed0 was run with other settings \({message}\)"):
             make().check_settings()
+    checkpoint.unlink()
+    make().check_settings()  # it was never trained
+    write_result(make(), "residual", 0)
+    with pytest.raises(ValueError, match=rf"residual/seed0 was run with other settings \({message}\)"):
+        make().check_settings()
 
 
 def cells_in(text):
@@ -173,7 +204,8 @@ def cells_in(text):
 
 def test_two_processes_share_a_study(make, tmp_path, monkeypatch, capfd):
     """Each cell is run by one of them, and is what it is by one process; a cell repeated gives the same again."""
-    threads = torch.get_num_threads()
+    threads, signals = torch.get_num_threads(), (signal.SIGINT, signal.SIGTERM)
+    handlers = [signal.getsignal(number) for number in signals]
     plan = {"variants": ["residual", "dhc2"], "timing_rounds": 0}
     torch.set_num_threads(1)  # as each of the two has
     one = make(out=str(tmp_path / "one"), **plan).run(say=lambda _: None).parent
@@ -191,6 +223,7 @@ def test_two_processes_share_a_study(make, tmp_path, monkeypatch, capfd):
     capfd.readouterr()
     make(out=str(out), jobs=2, **plan).run(say=said.append)
     assert torch.get_num_threads() == threads
+    assert [signal.getsignal(number) for number in signals] == handlers
     mine, theirs = cells_in("\n".join(said)), cells_in(capfd.readouterr().out)
     assert sorted(mine + theirs) == [(v, s) for v in ("dhc2", "residual") for s in "01"]
     assert mine
@@ -309,6 +342,9 @@ def test_a_cell_is_repeated_and_compared(make, tmp_path, monkeypatch, image_fold
     ):
         with pytest.raises(ValueError, match=re.escape(message)):
             make().repeat(variant, 0, recorded)
+    with pytest.raises(ValueError, match=r"3/dhc2/seed7 has been run already; --out names another folder"):
+        make(out=str(tmp_path / "3")).repeat("dhc2", 7, recorded)
+    assert ran == []
 
     command = ["compare", f"--config={recorded / 'config.yaml'}", f"--data.root={image_folder}"]
     for status, value in ((None, 0.52), (1, 0.7)):
@@ -325,6 +361,12 @@ def test_a_cell_is_repeated_and_compared(make, tmp_path, monkeypatch, image_fold
             main(wrong)
         assert end.value.code == 2
         assert "--repeat takes VARIANT/SEED, and --config that of a study" in capsys.readouterr().err
+    (recorded / "results.csv").rename(tmp_path / "results.csv")
+    with pytest.raises(SystemExit) as end:
+        main([*command, f"--out={tmp_path / 'never'}", "--repeat=dhc2/2"])
+    assert end.value.code == 2
+    assert f"{recorded} holds no results.csv; --config names the config.yaml of a study" in capsys.readouterr().err
+    assert not (tmp_path / "never").exists()
     assert ran == []
 
 
@@ -499,12 +541,21 @@ def test_difference_of_settings():
         ),
         (
             {"variants": {"dhc2": {"model": {"weight_decai": 0.1}}}},
-            "unknown model of variant dhc2 'weight_decai'; did you mean weight_decay",
+            r"unknown model argument \(variant dhc2\) 'weight_decai'; did you mean weight_decay",
         ),
-        ({"variants": {"dhc2": {"model": {"connection": "dhc4"}}}}, "unknown model of variant dhc2 'connection'"),
+        (
+            {"variants": {"dhc2": {"model": {"connection": "dhc4"}}}},
+            r"unknown model argument \(variant dhc2\) 'connection'",
+        ),
+        ({"variants": {"dhc2": {"model": 3}}}, "model of variant dhc2 must be arguments and their values, got 3"),
+        ({"variants": {"lock": {"connection": "dhc2"}}}, "a variant's name must be another one, got 'lock'"),
+        (
+            {"variants": {"classifier": {"connection": "dhc2"}}},
+            "a variant's name must be another one, got 'classifier'",
+        ),
         (
             {"variants": {"dhc2": {"trainer": {"max_epoch": 1}}}},
-            "unknown trainer of variant dhc2 'max_epoch'; did you mean max_epochs",
+            r"unknown trainer argument \(variant dhc2\) 'max_epoch'; did you mean max_epochs",
         ),
         ({"variants": {"../dhc2": {"connection": "dhc2"}}}, "a variant's name must be of letters, .* got '../dhc2'"),
         ({"jobs": 0}, "jobs must be at least 1, .* got 0"),
@@ -519,6 +570,104 @@ def test_wrong_arguments(make, arguments, message):
     with pytest.raises(ValueError, match=message) as error:
         make(**arguments)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": {"lr": "abc"}}, "model.lr"),
+        ({"trainer": {"max_epochs": "many"}}, "trainer.max_epochs"),
+        ({"model": 3}, "model of variant dhc2 must be arguments and their values, got 3"),
+    ],
+)
+def test_what_a_variant_changes_is_parsed_before_any_training(
+    make, changes, message, tmp_path, image_folder, monkeypatch, capsys
+):
+    monkeypatch.setattr(Study, "run", lambda self: pytest.fail("it began"))
+    config = {**make().config(), "variants": {"residual": {}, "dhc2": changes}}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    command = [f"--config={tmp_path / 'config.yaml'}", f"--data.root={image_folder}", f"--out={tmp_path / 'new'}"]
+    with pytest.raises(SystemExit) as end:
+        main(["compare", *command])
+    assert end.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+    assert not (tmp_path / "new").exists()
+
+
+FIRST_WAITS = """
+import contextlib, multiprocessing, sys
+from hcvision.study import Study
+from hcvision_command import main
+
+@contextlib.contextmanager
+def others(self, cell):
+    print(*(child.pid for child in multiprocessing.active_children()), flush=True)
+    yield False
+
+if __name__ == "__main__":
+    Study.claim = others
+    main(sys.argv[1:])
+"""
+
+
+def is_alive(pid):
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, 0)
+        return True
+    return False
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a killed process takes its children along on Linux only")
+def soon(is_so, seconds):
+    deadline = time.monotonic() + seconds
+    while not is_so() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return is_so()
+
+
+ON_LINUX = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a helper of a killed process goes on")
+
+
+@pytest.mark.parametrize(("number", "code"), [("SIGTERM", 143), pytest.param("SIGKILL", -9, marks=ON_LINUX)])
+def test_helpers_end_with_the_first_process(make, image_folder, tmp_path, number, code):
+    """Which waits for the cells of the other, here; that one trains, and keeps a checkpoint."""
+    study = make(variants=["residual", "dhc2"], seeds=[0], trainer={"max_epochs": 1000, "accelerator": "cpu"})
+    (tmp_path / "first.py").write_text(FIRST_WAITS)
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(study.config()))
+    command = ["compare", f"--config={tmp_path / 'config.yaml'}", f"--data.root={image_folder}", "--jobs=2"]
+    with (tmp_path / "said.txt").open("w") as file:
+        first = subprocess.Popen(
+            [sys.executable, str(tmp_path / "first.py"), *command, f"--out={study.out}"],
+            stdout=subprocess.PIPE, stderr=file, text=True,
+        )  # fmt: skip
+    (helper,) = map(int, first.stdout.readline().split())
+    last = study.cell_folder("residual", 0) / "checkpoints" / "last.ckpt"
+    try:
+        assert soon(last.exists, 120)
+        assert is_alive(helper)
+        first.send_signal(getattr(signal, number))
+        assert first.wait(60) == code, (tmp_path / "said.txt").read_text()
+        assert soon(lambda: not is_alive(helper), 20)
+    finally:
+        first.kill()
+        first.stdout.close()
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(helper, signal.SIGKILL)
+    assert study.read_result("residual", 0) is None
+    said = (tmp_path / "said.txt").read_text()
+    assert "stopping after this step or validation" in said  # that is the helper
+    assert "Traceback" not in said
+
+
+def test_a_helper_whose_study_was_killed_meanwhile_begins_nothing(make, monkeypatch):
+    dead = types.SimpleNamespace(is_alive=lambda: False)
+    monkeypatch.setattr(study.multiprocessing, "parent_process", lambda: dead)
+    monkeypatch.setattr(study.ctypes, "CDLL", lambda _: types.SimpleNamespace(prctl=lambda *_: 0))
+    monkeypatch.setattr(Study, "run_cells", lambda _: pytest.fail("it began"))
+    with pytest.raises(SystemExit) as end:
+        study.help_along(make(), torch.get_num_threads())
+    assert end.value.code == 143
 
 
 @pytest.fixture
