@@ -15,7 +15,7 @@ from scipy.stats import t as student
 
 from hcvision.runs import markdown, metrics_files, write_csv, write_json, write_whole
 
-COLORS = ("#444444", "#d1495b", "#00798c", "#edae49", "#66a182", "#8d5b9e", "#2e4057", "#e07a1f", "#5fa8d3", "#9c6644")
+COLORS = ("#444444", "#d1495b", "#00798c", "#edae49", "#66a182", "#8d5b9e", "#b5179e", "#e07a1f", "#5fa8d3", "#9c6644")
 STYLES = ("-", "--", ":")
 CONFIDENCE = 0.95
 
