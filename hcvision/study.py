@@ -249,7 +249,7 @@ class Study:
             for number, handler in before.items():
                 signal.signal(number, handler)
             torch.set_num_threads(threads)
-            for process in processes:
+            for process in [one for one in processes if one.pid is not None]:
                 process.terminate()  # where it is still at work, it keeps a checkpoint and stops
                 process.join()
 

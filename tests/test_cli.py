@@ -164,7 +164,10 @@ def bad_cases(image_folder, tmp_path):
     yield fit(image_folder, tmp_path / "r", "--data.batchsize=4"), "did you mean --data.batch_size"
     yield fit(image_folder, tmp_path / "r", "--resume=true"), "nothing to resume"
     yield fit(image_folder, tmp_path / "r", "--ckpt_path=none.ckpt"), "there is no checkpoint none.ckpt"
-    yield ("fitt",), "unknown command 'fitt'; did you mean fit?; the commands: fit, validate, test, predict, export"
+    yield (
+        ("fitt",),
+        "unknown command 'fitt'; did you mean fit?; the commands: fit, validate, test, predict, inspect, export",
+    )
     yield ("compare", "--variants=[dhc2]"), "required"
     yield fit(damaged, tmp_path / "damaged-run"), f"cannot read image {bad}"
 
