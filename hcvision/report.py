@@ -103,14 +103,15 @@ def write_report(folder: Path) -> Path:
     study, results = read_study(folder), read_results(folder)
     pictures = {"curves.png": " and ".join(curve.label for curve in study.curves)}
     draw_curves(read_curves(folder), study).savefig(folder / "curves.png", dpi=120)
-    if findings(results, study):
+    found = findings(results, study)
+    if found:
         draw_differences(results, study).savefig(folder / "differences.png", dpi=120)
         pictures = {"differences.png": f"differences to {study.variants[0]}, their intervals and seeds"} | pictures
     lines = [
         f"# {study.title}", "",
         f"{study.lead}.", "",
         *table(results, study), "",
-        *[f"- {line}" for line in findings(results, study)], "",
+        *[f"- {line}" for line in found], "",
         *notes(study), "",
     ]  # fmt: skip
     for name, about in pictures.items():

@@ -618,7 +618,6 @@ def is_alive(pid):
     return False
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="a killed process takes its children along on Linux only")
 def soon(is_so, seconds):
     deadline = time.monotonic() + seconds
     while not is_so() and time.monotonic() < deadline:
