@@ -28,7 +28,7 @@ from hcvision.convert import convert, own_class, stages
 from hcvision.data import ImageData
 from hcvision.evaluation import plain
 from hcvision.families import ConnectedBlock
-from hcvision.prediction import find_checkpoint, load_module, run_data
+from hcvision.prediction import find_checkpoint, load_module, run_config, run_data
 from hcvision.runs import checkpoint_folder, is_first_process, pick_device, write_csv
 from hcvision.training import TimmModule
 
@@ -419,7 +419,8 @@ def inspect(
         images: validation images, evenly spread over them.
         batch_size: images at a time.
         weights: ema or raw, where the run averaged its weights.
-        data: arguments of ImageData, {dataset: folder, root: ...}; those of the run if not given.
+        data: arguments of ImageData, {dataset: folder, root: ...}; without a dataset they change those of the run,
+            {root: ...} says where its data are now.
         device: cpu, cuda, ...; auto takes a GPU if there is one.
         overwrite: write into a folder that has files already.
 
@@ -465,7 +466,10 @@ def open_run(checkpoint: str, weights: str, data: dict[str, Any] | None) -> tupl
     """The module of a checkpoint, and its data."""
     module, _ = load_module(find_checkpoint(checkpoint), weights)
     try:
-        source = ImageData(**{"num_workers": 0, **data}) if data else run_data(checkpoint)
+        if data and ("dataset" in data or run_config(checkpoint) is None):
+            source = ImageData(**{"num_workers": 0, **data})
+        else:
+            source = run_data(checkpoint, changes=data)
     except (ValueError, TypeError) as error:
         raise ValueError(f"the data of {checkpoint} are not known: {error}; --data names some") from error
     return module, source

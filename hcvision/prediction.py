@@ -151,19 +151,26 @@ def load_module(file: Path, weights: str = "ema", **changes: Any) -> tuple[TimmM
     return module.eval(), checkpoint
 
 
-def run_data(source: str, but_not: tuple[str, ...] = ()) -> ImageData:
-    """The data of the run that a folder or a checkpoint in it is of, as its config.yaml has them.
+def run_config(source: str) -> Path | None:
+    """The config.yaml of the run that a folder or a checkpoint in it is of, if there is one."""
+    path = Path(source)
+    run = path if path.is_dir() else path.absolute().parent.parent
+    known = path.exists() and checkpoint_folder(run).is_dir() and (run / "config.yaml").is_file()
+    return run / "config.yaml" if known else None
+
+
+def run_data(source: str, but_not: tuple[str, ...] = (), changes: dict[str, Any] | None = None) -> ImageData:
+    """The data of the run that a folder or a checkpoint in it is of, as its config.yaml has them, but for ``changes``.
 
     Raises:
         ValueError: no config.yaml says what they are, they cannot be opened, or are a dataset that begins as one of
             ``but_not``.
     """
-    path = Path(source)
-    run = path if path.is_dir() else path.absolute().parent.parent
-    if not path.exists() or not checkpoint_folder(run).is_dir() or not (run / "config.yaml").is_file():
+    path = run_config(source)
+    if path is None:
         raise ValueError("no config.yaml says what the data are")
     try:
-        config = yaml.safe_load((run / "config.yaml").read_text())["data"]
+        config = yaml.safe_load(path.read_text())["data"] | (changes or {})
         if not config.get("dataset", "folder").startswith(but_not):
             return ImageData(**{**config, "num_workers": 0})
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, yaml.YAMLError) as error:

@@ -1,5 +1,6 @@
 import csv
 import itertools
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -589,6 +590,23 @@ def test_a_checkpoint_alone(runs, tmp_path, image_folder, tiny):
     with pytest.raises(ValueError, match=r"alone\.ckpt is no residual twin of .*residual: other blocks, or"):
         inspect(str(runs / "residual"), str(tmp_path / "new"), twin=str(tmp_path / "alone.ckpt"), data=data)
     assert not (tmp_path / "new").exists()
+
+
+def test_data_that_moved(runs, tmp_path, image_folder):
+    """--data.root alone changes where the run's data are, and nothing else of them."""
+    shutil.copytree(runs / "residual", tmp_path / "moved")
+    config = yaml.safe_load((tmp_path / "moved" / "config.yaml").read_text())
+    config["data"]["root"] = str(tmp_path / "gone")
+    (tmp_path / "moved" / "config.yaml").write_text(yaml.safe_dump(config))
+    with pytest.raises(ValueError, match=r"the data of .*moved are not known: .*gone.*; --data names some"):
+        inspect(str(tmp_path / "moved"), images=4)
+    inspect(str(tmp_path / "moved"), images=4, data={"root": str(image_folder)})
+    inspect(str(runs / "residual"), str(tmp_path / "as before"), images=4)
+    names = sorted(path.name for path in (tmp_path / "as before").iterdir())
+    assert names == sorted(path.name for path in (tmp_path / "moved" / "inspect").iterdir())
+    for name in names:
+        if name.endswith("csv"):
+            assert (tmp_path / "as before" / name).read_text() == (tmp_path / "moved" / "inspect" / name).read_text()
 
 
 def test_the_callback_logs_the_matrix(runs):
