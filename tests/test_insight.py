@@ -594,7 +594,7 @@ def test_a_checkpoint_alone(runs, tmp_path, image_folder, tiny):
 
 def test_data_that_moved(runs, tmp_path, image_folder):
     """--data.root alone changes where the run's data are, and nothing else of them."""
-    shutil.copytree(runs / "residual", tmp_path / "moved")
+    shutil.copytree(runs / "residual", tmp_path / "moved", ignore=shutil.ignore_patterns("inspect"))
     config = yaml.safe_load((tmp_path / "moved" / "config.yaml").read_text())
     config["data"]["root"] = str(tmp_path / "gone")
     (tmp_path / "moved" / "config.yaml").write_text(yaml.safe_dump(config))
