@@ -593,20 +593,23 @@ def test_a_checkpoint_alone(runs, tmp_path, image_folder, tiny):
 
 
 def test_data_that_moved(runs, tmp_path, image_folder):
-    """--data.root alone changes where the run's data are, and nothing else of them."""
-    shutil.copytree(runs / "residual", tmp_path / "moved", ignore=shutil.ignore_patterns("inspect"))
+    """--data.root alone changes where the run's data are and nothing else of them; with a dataset they are others."""
+    run = str(shutil.copytree(runs / "dhc2", tmp_path / "moved", ignore=shutil.ignore_patterns("inspect")))
     config = yaml.safe_load((tmp_path / "moved" / "config.yaml").read_text())
-    config["data"]["root"] = str(tmp_path / "gone")
+    config["data"] |= {"root": str(tmp_path / "gone"), "crop_pct": 0.5}
     (tmp_path / "moved" / "config.yaml").write_text(yaml.safe_dump(config))
     with pytest.raises(ValueError, match=r"the data of .*moved are not known: .*gone.*; --data names some"):
-        inspect(str(tmp_path / "moved"), images=4)
-    inspect(str(tmp_path / "moved"), images=4, data={"root": str(image_folder)})
-    inspect(str(runs / "residual"), str(tmp_path / "as before"), images=4)
-    names = sorted(path.name for path in (tmp_path / "as before").iterdir())
-    assert names == sorted(path.name for path in (tmp_path / "moved" / "inspect").iterdir())
-    for name in names:
-        if name.endswith("csv"):
-            assert (tmp_path / "as before" / name).read_text() == (tmp_path / "moved" / "inspect" / name).read_text()
+        inspect(run, images=4)
+    root = {"root": str(image_folder)}
+    given = {
+        "moved": root,
+        "same": {"dataset": "folder", "crop_pct": 0.5, **root},
+        "other": {"dataset": "folder", **root},
+    }
+    for name, data in given.items():
+        inspect(run, str(tmp_path / "out" / name), images=4, data=data)
+    moved, same, other = ((tmp_path / "out" / name / "similarity.csv").read_text() for name in given)
+    assert moved == same != other
 
 
 def test_the_callback_logs_the_matrix(runs):
