@@ -5,8 +5,8 @@ branch V mixtures of them, the views::
 
     H = x.unflatten(-1, (S, E))
     alpha, beta = connection.weights(x)                       # (..., S, V+S), (..., S)
-    views, carried = (alpha^T @ H).split((V, S), dim=-2)      # width-connection
-    x = beta * branch(views) + carried                        # depth-connection
+    views, carried = (alpha^T @ H).split((V, S), dim=-2)      # width_connection(x)
+    x = beta * branch(views) + carried                        # depth_connection(branch(views), carried)
 
 ===================  =========  =======  =======  ======================================
 class                streams S  views V  width E  source
@@ -109,8 +109,8 @@ class Connection(nn.Module):
         Raises:
             ValueError: x is not S*E wide, or the branch returned another shape than it was given.
         """
-        branch_input, coefficients = self.width_connection(x)
-        return self.depth_connection(x, branch(branch_input), coefficients)
+        branch_input, carried = self.width_connection(x)
+        return self.depth_connection(branch(branch_input), carried)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
@@ -121,7 +121,10 @@ class Connection(nn.Module):
     def width_connection(self, x: Tensor) -> Tuple[Tensor, Any]:
         raise NotImplementedError
 
-    def depth_connection(self, x: Tensor, branch_output: Tensor, coefficients: Any) -> Tensor:
+    def depth_connection(self, branch_output: Tensor, carried: Any) -> Tensor:
+        raise NotImplementedError
+
+    def carry(self, x: Tensor, carried: Any) -> Any:
         raise NotImplementedError
 
 
@@ -136,13 +139,18 @@ class Residual(Connection):
         beta = torch.ones_like(split_streams(x, 1, self.dim)[..., 0])
         return torch.stack([beta, beta], dim=-1), beta
 
-    def width_connection(self, x: Tensor) -> Tuple[Tensor, None]:
-        """The branch input is x; the add needs no coefficients."""
-        return split_streams(x, 1, self.dim).squeeze(-2), None
+    def width_connection(self, x: Tensor) -> Tuple[Tensor, Tensor]:
+        """The branch input is x, and x is carried."""
+        x = split_streams(x, 1, self.dim).squeeze(-2)
+        return x, x
 
-    def depth_connection(self, x: Tensor, branch_output: Tensor, coefficients: None = None) -> Tensor:
-        """x + branch_output, both (..., dim)."""
-        return x + split_output(branch_output, x, 1, self.dim).squeeze(-2)
+    def depth_connection(self, branch_output: Tensor, carried: Tensor) -> Tensor:
+        """carried + branch_output, both (..., dim)."""
+        return carried + split_output(branch_output, carried.unsqueeze(-2), 1).squeeze(-2)
+
+    def carry(self, x: Tensor, carried: Tensor) -> Tensor:
+        """x."""
+        return split_streams(x, 1, self.dim).squeeze(-2)
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}"
@@ -228,23 +236,25 @@ class StreamConnection(Connection):
         Raises:
             ValueError: x is not S*E wide.
         """
-        coefficients = self.width_connection(x)[1]
-        return coefficients[..., :-1], coefficients[..., -1]
+        _, alpha, beta = self.width_connection(x)[1]
+        return alpha, beta
 
-    def width_connection(self, x: Tensor) -> Tuple[Tensor, Tensor]:
-        """First step: the branch input, and the coefficients for the second step.
+    def width_connection(self, x: Tensor) -> Tuple[Tensor, Tuple[Tensor, Tensor, Tensor]]:
+        """First step: the branch input, and what the second step makes the carried streams of.
 
         Args:
             x: the streams, (..., S*E).
 
         Returns:
-            The branch input, (..., V*E), in the dtype of x, and the coefficients [alpha | beta],
-            (..., S, V+S+1), in float32 at least.
+            The branch input, (..., V*E), in the dtype of x, and the carried streams for
+            ``depth_connection``, which forms them: the streams (..., S, E), alpha (..., S, V+S) and beta
+            (..., S), the coefficients in float32 at least. These streams are to be handed on as they are:
+            their gradient stands for that of the carried ones.
 
         Raises:
             ValueError: x is not S*E wide.
         """
-        return width_connection(
+        view, streams, alpha, beta = width_connection(
             split_streams(x, self.streams, self.stream_dim),
             self.static_alpha,
             self.static_beta,
@@ -257,14 +267,14 @@ class StreamConnection(Connection):
             self.center_norm,
             self.tanh,
         )
+        return view, (streams, alpha, beta)
 
-    def depth_connection(self, x: Tensor, branch_output: Tensor, coefficients: Tensor) -> Tensor:
+    def depth_connection(self, branch_output: Tensor, carried: Tuple[Tensor, Tensor, Tensor]) -> Tensor:
         """Second step: the next streams. The carried streams are formed here, and only here.
 
         Args:
-            x: the streams that went into ``width_connection``, (..., S*E).
             branch_output: (..., V*E).
-            coefficients: what ``width_connection`` returned beside the branch input.
+            carried: what ``width_connection`` returned beside the branch input.
 
         Returns:
             The next streams, (..., S*E), in the dtype of x.
@@ -272,9 +282,17 @@ class StreamConnection(Connection):
         Raises:
             ValueError: branch_output is not shaped like the branch input.
         """
-        streams = split_streams(x, self.streams, self.stream_dim)
-        output = split_output(branch_output, x, self.views, self.stream_dim)
-        return depth_connection(streams, output, coefficients)
+        streams, alpha, beta = carried
+        return depth_connection(streams, split_output(branch_output, streams, self.views), alpha, beta)
+
+    def carry(self, x: Tensor, carried: Tuple[Tensor, Tensor, Tensor]) -> Tuple[Tensor, Tensor, Tensor]:
+        """Between the steps, for blocks that scale x in their add: carry these streams, (..., S*E), instead.
+
+        Raises:
+            ValueError: x is not S*E wide.
+        """
+        _, alpha, beta = carried
+        return carry_streams(split_streams(x, self.streams, self.stream_dim), alpha), alpha, beta
 
     def extra_repr(self) -> str:
         options = "".join(f", {name}=False" for name in ("tanh", "norm") if not getattr(self, name))
@@ -417,15 +435,15 @@ def split_streams(x: Tensor, streams: int, stream_dim: int) -> Tensor:
 
 
 @torch.fx.wrap
-def split_output(branch_output: Tensor, x: Tensor, views: int, stream_dim: int) -> Tensor:
+def split_output(branch_output: Tensor, streams: Tensor, views: int) -> Tensor:
     """(..., V*E) -> (..., V, E). Raises ValueError when it is not shaped as the branch input was."""
     if not torch.jit.is_tracing():
-        expected = list(x.shape[:-1]) + [views * stream_dim]  # noqa: RUF005 - TorchScript
+        expected = list(streams.shape[:-2]) + [views * streams.shape[-1]]  # noqa: RUF005 - TorchScript
         if list(branch_output.shape) != expected:
             raise ValueError(
                 f"the branch must return the shape it was given, {expected}, got {list(branch_output.shape)}"
             )
-    return branch_output.unflatten(-1, (views, stream_dim))
+    return branch_output.unflatten(-1, (views, streams.shape[-1]))
 
 
 @torch.fx.wrap
@@ -441,49 +459,57 @@ def width_connection(
     norm: bool,
     center: bool,
     tanh: bool,
-) -> Tuple[Tensor, Tensor]:
-    """The branch input (..., V*E) and the coefficients [alpha | beta] (..., S, V+S+1) for streams (..., S, E).
+) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The branch input (..., V*E) of streams (..., S, E), and the carried streams in three parts.
 
-    The parameters are those of ``StreamConnection``.
+    These are the streams (..., S, E), alpha (..., S, V+S) and beta (..., S). The parameters are those of
+    ``StreamConnection``.
     """
     dtype = torch.promote_types(streams.dtype, torch.float32)
     static = torch.cat([static_alpha, static_beta[:, None]], dim=1).to(dtype)
-    views = static_alpha.shape[1] - static_alpha.shape[0]
-    if dynamic_alpha_fn is None or dynamic_beta_fn is None or dynamic_alpha_scale is None or dynamic_beta_scale is None:
-        coefficients = static.expand(streams.shape[:-2] + static.shape)
-        read = coefficients[..., :views]
-        mixed = mix_streams(streams, read, None, None)
-    else:
-        fn = torch.cat([dynamic_alpha_fn, dynamic_beta_fn], dim=1).to(dtype)
-        scale = torch.cat([dynamic_alpha_scale.expand(fn.shape[1] - 1), dynamic_beta_scale]).to(dtype)
+    rows: Optional[Tensor] = None  # the projections, a row each
+    scale: Optional[Tensor] = None
+    if (
+        dynamic_alpha_fn is not None
+        and dynamic_beta_fn is not None
+        and dynamic_alpha_scale is not None
+        and dynamic_beta_scale is not None
+    ):
+        rows = torch.cat([dynamic_alpha_fn.mT, dynamic_beta_fn.mT]).to(dtype)
+        scale = torch.cat([dynamic_alpha_scale.expand(rows.shape[0] - 1), dynamic_beta_scale]).to(dtype)
         if norm_weight is not None:
-            fn = norm_weight.to(dtype)[:, None] * fn
-        center = center and norm
-        if center:
-            fn = fn - fn.mean(0)  # (H - mean(H)) @ fn = H @ (fn - mean(fn))
-        if torch.jit.is_scripting():
-            mixed, coefficients, _ = _read(streams, fn, static, scale, norm, center, tanh)
-        else:
-            with _no_autocast(streams.device.type):
-                apply = _read if _plain() else _Read.apply
-                mixed, coefficients, _ = apply(streams, fn, static, scale, norm, center, tanh)
-    return mixed.flatten(-2).to(streams.dtype), coefficients
+            rows = rows * norm_weight.to(dtype)
+        if center and norm:
+            rows = rows - rows.mean(1, keepdim=True)  # (H - mean(H)) @ row = H @ (row - mean(row))
+    if torch.jit.is_scripting():
+        views, alpha, beta, _ = _read(streams, static, rows, scale, norm, center, tanh)
+    else:
+        with _no_autocast(streams.device.type):
+            if _plain():
+                views, alpha, beta, _ = _read(streams, static, rows, scale, norm, center, tanh)
+            else:
+                views, streams, alpha, beta, _ = _Width.apply(streams, static, rows, scale, norm, center, tanh)
+    return views.flatten(-2).to(streams.dtype), streams, alpha, beta
 
 
 @torch.fx.wrap
-def depth_connection(streams: Tensor, output: Tensor, coefficients: Tensor) -> Tensor:
-    """The next streams (..., S*E) from streams (..., S, E), branch output (..., V, E) and coefficients."""
-    views = coefficients.shape[-1] - coefficients.shape[-2] - 1
-    mixed = mix_streams(streams, coefficients[..., views:-1], output, coefficients[..., -1])
-    return mixed.flatten(-2).to(streams.dtype)
-
-
-def mix_streams(streams: Tensor, alpha: Tensor, output: Optional[Tensor], beta: Optional[Tensor]) -> Tensor:
-    """alpha^T @ streams (+ beta * output): (..., S, E), (..., S, K), (..., V, E), (..., S) -> (..., K, E)."""
+def carry_streams(streams: Tensor, alpha: Tensor) -> Tensor:
+    """Streams (..., S, E) as ``depth_connection`` takes them, where they are not those that were read."""
     if torch.jit.is_scripting():
-        return _mix(streams, alpha, output, beta)
+        return streams
     else:
-        return _mix(streams, alpha, output, beta) if _plain() else _Mix.apply(streams, alpha, output, beta)
+        return streams if _plain() else _Carry.apply(streams, alpha)
+
+
+@torch.fx.wrap
+def depth_connection(streams: Tensor, output: Tensor, alpha: Tensor, beta: Tensor) -> Tensor:
+    """The next streams (..., S*E) from the branch output (..., V, E) and the three parts of the carried streams."""
+    alpha = alpha[..., alpha.shape[-1] - alpha.shape[-2] :]
+    if torch.jit.is_scripting():
+        mixed = _mix(streams, alpha, output, beta)
+    else:
+        mixed = _mix(streams, alpha, output, beta) if _plain() else _Depth.apply(streams, output, alpha.detach(), beta)
+    return mixed.flatten(-2).to(streams.dtype)
 
 
 def _plain() -> bool:
@@ -497,6 +523,7 @@ def _no_autocast(device_type: str) -> contextlib.AbstractContextManager:
 
 
 def _mix(streams: Tensor, alpha: Tensor, output: Optional[Tensor], beta: Optional[Tensor]) -> Tensor:
+    """alpha^T @ streams (+ beta * output): (..., S, E), (..., S, K), (..., V, E), (..., S) -> (..., K, E)."""
     first = 0
     if output is not None and beta is not None:
         mixed = beta[..., None] * output
@@ -529,31 +556,104 @@ def _inverse_deviation(streams: Tensor, center: bool) -> Tuple[Tensor, Tensor]:
 
 
 def _read(
-    streams: Tensor, fn: Tensor, static: Tensor, scale: Tensor, norm: bool, center: bool, tanh: bool
-) -> Tuple[Tensor, Tensor, Tensor]:
-    """Views (..., V, E), coefficients and norm(H) @ fn, both (..., S, V+S+1)."""
-    streams = streams.to(fn.dtype)
-    # As K rows of tokens, not tokens rows of K: the same numbers, several times as fast on a CPU.
-    projected = (fn.mT @ streams.flatten(0, -2).mT).mT.unflatten(0, streams.shape[:-1])
-    if norm:
-        projected = projected * _inverse_deviation(streams, center)[0]
-    coefficients = static + scale * (projected.tanh() if tanh else projected)
+    streams: Tensor,
+    static: Tensor,
+    rows: Optional[Tensor],
+    scale: Optional[Tensor],
+    norm: bool,
+    center: bool,
+    tanh: bool,
+) -> Tuple[Tensor, Tensor, Tensor, Optional[Tensor]]:
+    """Views (..., V, E), alpha (..., S, V+S), beta (..., S) and, if dynamic, norm(H) @ rows^T (..., S, V+S+1)."""
+    projected: Optional[Tensor] = None
+    if rows is None or scale is None:
+        coefficients = static.expand(streams.shape[:-2] + static.shape)
+    else:
+        streams = streams.to(rows.dtype)
+        # As K rows of tokens, not tokens rows of K: the same numbers, several times as fast on a CPU.
+        projected = (rows @ streams.flatten(0, -2).mT).mT.unflatten(0, streams.shape[:-1])
+        if norm:
+            projected = projected * _inverse_deviation(streams, center)[0]
+        coefficients = static + scale * (projected.tanh() if tanh else projected)
     views = static.shape[1] - static.shape[0] - 1
-    return _mix(streams, coefficients[..., :views], None, None), coefficients, projected
+    mixed = _mix(streams, coefficients[..., :views], None, None)
+    return mixed, coefficients[..., :-1], coefficients[..., -1], projected
 
 
-# Eager mode takes the same two operations with a backward of our own: autograd's would keep each
-# intermediate it needs, these keep their inputs and the coefficients.
+# Eager mode takes the same operations with a backward of our own: autograd's would keep each intermediate
+# that it needs, these keep their inputs and the coefficients. What runs between the two steps is the streams
+# H themselves, for the carried streams alpha^T @ H that the second step is about to form; the gradient that
+# comes back there is the one of the carried streams, so that one pass over H serves both steps.
 
 
-class _Mix(torch.autograd.Function):
-    """``_mix``, saving its inputs."""
+def _to_streams(grad: Tensor, alpha: Tensor) -> Tensor:
+    """alpha @ grad, (..., S, K) and (..., K, E) -> (..., S, E): backwards through alpha^T @ H."""
+    if grad.device.type == "cpu" and grad.shape[-2] > 1 and torch.get_float32_matmul_precision() == "highest":
+        return alpha @ grad  # rounds no more than the sum below
+    return _mix(grad, alpha.mT, None, None)
+
+
+class _Width(torch.autograd.Function):
+    """``_read`` and the streams, saving the streams, the projections and the coefficients."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(streams, alpha, output, beta):
-        return _mix(streams, alpha, output, beta)
+    def forward(streams, static, rows, scale, norm, center, tanh):
+        views, alpha, beta, projected = _read(streams, static, rows, scale, norm, center, tanh)
+        return views, streams.view_as(streams), alpha, beta, projected
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        streams, _static, rows, scale, ctx.norm, ctx.center, ctx.tanh = inputs
+        _views, _streams, alpha, _beta, projected = output
+        ctx.save_for_backward(streams, rows, scale, alpha, projected)
+
+    @staticmethod
+    def backward(ctx, grad_views, grad_carried, grad_alpha, grad_beta, grad_projected):
+        streams, rows, scale, alpha, projected = ctx.saved_tensors
+        dtype, views = alpha.dtype, grad_views.shape[-2]
+        streams, grad_views, grad_carried = streams.to(dtype), grad_views.to(dtype), grad_carried.to(dtype)
+        with _no_autocast(grad_views.device.type):
+            through = torch.cat([streams @ grad_views.mT, streams @ grad_carried.mT], dim=-1)
+            grad = torch.cat([grad_alpha + through, grad_beta[..., None]], dim=-1)
+            grad_static = grad.reshape(-1, *grad.shape[-2:]).sum(0)
+            grad_streams = _to_streams(grad_carried, alpha[..., views:])
+            if views == 1:
+                grad_streams = grad_streams.addcmul(alpha[..., :1], grad_views)
+            else:
+                grad_streams = grad_streams + _to_streams(grad_views, alpha[..., :views])
+            if rows is None:
+                return grad_streams, grad_static, None, None, None, None, None
+            dynamic = projected.tanh() if ctx.tanh else projected
+            grad_scale = (grad * dynamic).flatten(0, -2).sum(0)
+            grad = grad * scale
+            if ctx.tanh:
+                grad = grad * (1 - dynamic.square())
+            grad = grad + grad_projected
+            back = rows
+            if ctx.norm:
+                rstd, mean = _inverse_deviation(streams, ctx.center)
+                along = -rstd.square() * (grad * projected).sum(-1, keepdim=True) / rows.shape[1]
+                grad = grad * rstd
+                grad_streams.addcmul_(streams, along)
+            grad_rows = grad.flatten(0, -2).mT @ streams.flatten(0, -2)
+            if ctx.center and ctx.norm:  # one more row takes along * (H - mean) instead of along * H
+                grad = torch.cat([grad, -along * mean], dim=-1)
+                back = torch.cat([back, back.new_ones(1, back.shape[1])])
+            grad_streams = grad_streams.contiguous()
+            grad_streams.view(-1, back.shape[1]).addmm_(grad.flatten(0, -2), back)
+        return grad_streams, grad_static, grad_rows, grad_scale, None, None, None
+
+
+class _Carry(torch.autograd.Function):
+    """The streams, for alpha^T @ streams that are about to be formed."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(streams, alpha):
+        return streams.view_as(streams)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -561,60 +661,34 @@ class _Mix(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        streams, alpha, output, beta = ctx.saved_tensors
-        grad_streams = grad_output = grad_beta = None
+        streams, alpha = ctx.saved_tensors
+        views = alpha.shape[-1] - alpha.shape[-2]
+        grad = grad.to(alpha.dtype)
         with _no_autocast(grad.device.type):
-            if ctx.needs_input_grad[0]:
-                grad_streams = _mix(grad, alpha.mT, None, None)
-            grad_alpha = streams.to(grad.dtype) @ grad.mT
-            if output is not None:
-                # one output went to every stream (HC), or each its own (FC)
-                to_output = beta[..., None] if output.shape[-2] == 1 else None
-                grad_output = beta[..., None] * grad if to_output is None else _mix(grad, to_output, None, None)
-                grad_beta = torch.linalg.vecdot(output.to(grad.dtype), grad)
-        return grad_streams, grad_alpha, grad_output, grad_beta
+            to_carried = streams.to(alpha.dtype) @ grad.mT
+            grad_alpha = torch.cat([torch.zeros_like(alpha[..., :views]), to_carried], dim=-1)
+            return _to_streams(grad, alpha[..., views:]), grad_alpha
 
 
-class _Read(torch.autograd.Function):
-    """``_read``, saving its inputs and norm(H) @ fn."""
+class _Depth(torch.autograd.Function):
+    """``_mix``, saving the branch output and beta; the gradient of the carried streams is that of the next ones."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(streams, fn, static, scale, norm, center, tanh):
-        return _read(streams, fn, static, scale, norm, center, tanh)
+    def forward(streams, output, alpha, beta):
+        return _mix(streams, alpha, output, beta)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        streams, fn, _static, scale, ctx.norm, ctx.center, ctx.tanh = inputs
-        ctx.save_for_backward(streams, fn, scale, *output[1:])
+        ctx.save_for_backward(inputs[1], inputs[3])
 
     @staticmethod
-    def backward(ctx, grad_views, grad_coefficients, grad_projected):
-        streams, fn, scale, coefficients, projected = ctx.saved_tensors
-        streams = streams.to(fn.dtype)
-        views = grad_views.shape[-2]
-        with _no_autocast(grad_views.device.type):
-            grad_read = streams @ grad_views.mT
-            grad = torch.cat([grad_coefficients[..., :views] + grad_read, grad_coefficients[..., views:]], dim=-1)
-            dynamic = projected.tanh() if ctx.tanh else projected
-            grad_static = grad.reshape(-1, *grad.shape[-2:]).sum(0)
-            grad_scale = (grad * dynamic).flatten(0, -2).sum(0)
-            grad = grad * scale
-            if ctx.tanh:
-                grad = grad * (1 - dynamic.square())
-            grad = grad + grad_projected
-            grad_streams = _mix(grad_views, coefficients[..., :views].mT, None, None)
-            back = fn.mT
-            if ctx.norm:
-                rstd, mean = _inverse_deviation(streams, ctx.center)
-                along = -rstd.square() * (grad * projected).sum(-1, keepdim=True) / fn.shape[0]
-                grad = grad * rstd
-                grad_streams.addcmul_(streams, along)
-            grad_fn = (grad.flatten(0, -2).mT @ streams.flatten(0, -2)).mT  # K rows again
-            if ctx.center:  # one more column takes along * (H - mean) instead of along * H
-                grad = torch.cat([grad, -along * mean], dim=-1)
-                back = torch.cat([back, back.new_ones(1, back.shape[1])])
-            grad_streams = grad_streams.contiguous()
-            grad_streams.view(-1, back.shape[1]).addmm_(grad.flatten(0, -2), back)
-        return grad_streams, grad_fn, grad_static, grad_scale, None, None, None
+    def backward(ctx, grad):
+        output, beta = ctx.saved_tensors
+        with _no_autocast(grad.device.type):
+            # one output went to every stream (HC), or each its own (FC)
+            shared = output.shape[-2] == 1
+            grad_output = _mix(grad, beta[..., None], None, None) if shared else beta[..., None] * grad
+            grad_beta = torch.linalg.vecdot(output.to(grad.dtype), grad)
+        return grad, grad_output, None, grad_beta

@@ -53,14 +53,14 @@ class ConnectedBlock:
     parameters of the block, in the order in which they appear::
 
         x = expand_streams(x, self.entry_rate)
-        view, coefficients = self.connection1.width_connection(x)
-        x = self.connection1.depth_connection(x, self.branch1(view, rope), coefficients)
+        view, carried = self.connection1.width_connection(x)
+        x = self.connection1.depth_connection(self.branch1(view, rope), carried)
         ...                                                     # branch2, ...
         return reduce_streams(x, self.exit_rate)
 
     Tensors are channels last here, whatever they are outside (``channels_first``). A block that
-    scales x itself in an add has ``carry1``, ... too: it gets the streams and the scaled streams go
-    into the depth-connection, where timm's scaled x went into the add.
+    scales x itself in an add has ``carry1``, ... too: it gets the streams and the scaled streams are
+    carried, where timm's scaled x went into the add.
     """
 
     adds: int  # how many branches
@@ -107,11 +107,10 @@ def _compose(mixin: type[ConnectedBlock]) -> Callable:
         own = list(inspect.signature(getattr(mixin, f"branch{k}")).parameters.values())[2:]
         extras.update((parameter.name, parameter) for parameter in own)
         arguments = ", ".join(["view", *(parameter.name for parameter in own)])
-        streams = f"self.carry{k}(x)" if hasattr(mixin, f"carry{k}") else "x"
-        lines += [
-            f"    view, coefficients = self.connection{k}.width_connection(x)",
-            f"    x = self.connection{k}.depth_connection({streams}, self.branch{k}({arguments}), coefficients)",
-        ]
+        lines.append(f"    view, carried = self.connection{k}.width_connection(x)")
+        if hasattr(mixin, f"carry{k}"):
+            lines.append(f"    carried = self.connection{k}.carry(self.carry{k}(x), carried)")
+        lines.append(f"    x = self.connection{k}.depth_connection(self.branch{k}({arguments}), carried)")
     lines += [
         "    x = reduce_streams(x, self.exit_rate)",
         "    return x.movedim(-1, 1) if self.channels_first else x",

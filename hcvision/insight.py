@@ -92,14 +92,15 @@ def _wrap(connection: Any, note: Callable[[Passage], None], enters: bool, leaves
     before: list[tuple[Tensor, Tensor]] = []
 
     def width_connection(x: Tensor) -> Any:
-        view, coefficients = width(x)
+        view, carried = width(x)
         before.append((x, view))
-        return view, coefficients
+        return view, carried
 
-    def depth_connection(x: Tensor, branch_output: Tensor, coefficients: Any) -> Tensor:
-        after = depth(x, branch_output, coefficients)
+    def depth_connection(branch_output: Tensor, carried: Any) -> Tensor:
+        after = depth(branch_output, carried)
         streams, view = before.pop()
-        if x is not streams and not torch.equal(x, streams):
+        mixed = carried[0].flatten(-2)
+        if mixed.data_ptr() != streams.data_ptr() and not torch.equal(mixed, streams):
             raise ValueError("a block that scales its streams itself cannot be looked into")
         parts = [part.detach().unflatten(-1, (-1, size)) for part in (streams, view, branch_output, after)]
         alpha, beta = connection.weights(streams)

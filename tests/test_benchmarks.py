@@ -21,20 +21,20 @@ def test_values(name):
     assert benchmark.check_values(name, benchmark.SMALL) < benchmark.TOLERANCE
 
 
-def write_too_much(streams, output, coefficients):
-    return PLAIN["depth_connection"](streams, (1 + 1e-8) * output, coefficients)
+def write_too_much(streams, output, alpha, beta):
+    return PLAIN["depth_connection"](streams, (1 + 1e-8) * output, alpha, beta)
 
 
 def read_the_transpose(streams, alpha, output, beta):
-    return PLAIN["mix_streams"](streams, alpha if alpha.shape[-1] == 1 else alpha.mT, output, beta)
+    return PLAIN["_mix"](streams, alpha if alpha.shape[-1] == 1 else alpha.mT, output, beta)
 
 
-def carry_nan(streams, output, coefficients):
-    return PLAIN["depth_connection"](streams, output, coefficients) * float("nan")
+def carry_nan(streams, output, alpha, beta):
+    return PLAIN["depth_connection"](streams, output, alpha, beta) * float("nan")
 
 
-PLAIN = {name: getattr(hcvision.connections, name) for name in ("depth_connection", "mix_streams")}
-BREAKS = [("depth_connection", write_too_much), ("mix_streams", read_the_transpose), ("depth_connection", carry_nan)]
+PLAIN = {name: getattr(hcvision.connections, name) for name in ("depth_connection", "_mix")}
+BREAKS = [("depth_connection", write_too_much), ("_mix", read_the_transpose), ("depth_connection", carry_nan)]
 
 
 @pytest.mark.parametrize(("name", "broken"), BREAKS, ids=lambda value: getattr(value, "__name__", ""))

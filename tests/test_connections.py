@@ -159,7 +159,7 @@ def test_width_outputs_alone(name):
     connection = random_connection(name, 4)
     x = torch.randn(2, connection.width, dtype=torch.float64, requires_grad=True)
     if name in DYNAMIC:
-        assert gradcheck(lambda x: connection.width_connection(x)[1], (x,))
+        assert gradcheck(connection.weights, (x,))
     assert gradcheck(lambda x: connection.width_connection(x)[0], (x,))
 
 
@@ -168,8 +168,8 @@ def test_forward_is_both_steps(name):
     connection = random_connection(name) if name != "residual" else Residual(DIM)
     x = torch.randn(2, 3, connection.width, dtype=torch.float64)
     _, branch = random_branch(DIM)
-    views, coefficients = connection.width_connection(x)
-    assert torch.equal(connection(x, branch), connection.depth_connection(x, branch(views), coefficients))
+    views, carried = connection.width_connection(x)
+    assert torch.equal(connection(x, branch), connection.depth_connection(branch(views), carried))
 
 
 @pytest.mark.parametrize("name", FOUR)
@@ -413,8 +413,8 @@ def test_unfolding(name):
         connection = random_connection(name, layer_index=k)
         _, branch = random_branch(DIM)
         alpha, beta = connection.weights(x)
-        views, coefficients = connection.width_connection(x)
-        x = connection.depth_connection(x, branch(views), coefficients)
+        views, carried = connection.width_connection(x)
+        x = connection.depth_connection(branch(views), carried)
         outputs.append(branch(views))
         inputs.append(views)
         read.append(alpha[..., 0])
@@ -476,10 +476,10 @@ def test_autocast_changes_nothing(name, dtype):
         connection.zero_grad()
         x.grad = None
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            views, coefficients = connection.width_connection(x)
-            out = connection.depth_connection(x, views.sin(), coefficients)
+            views, carried = connection.width_connection(x)
+            out = connection.depth_connection(views.sin(), carried)
             out.float().square().sum().backward()
-        return views, coefficients, out, x.grad, *(p.grad for p in connection.parameters())
+        return views, *carried[1:], out, x.grad, *(p.grad for p in connection.parameters())
 
     plain, under = run(False), run(True)
     assert plain[1].dtype == torch.float32
@@ -493,8 +493,8 @@ def test_autocast_does_not_round(name):
     connection = build_connection(name, DIM, 1)
     x = torch.randn(2, 3, connection.width)
     with torch.autocast("cpu", torch.bfloat16):
-        views, coefficients = connection.width_connection(x)
-        assert torch.equal(connection.depth_connection(x, torch.zeros_like(views), coefficients), x)
+        views, carried = connection.width_connection(x)
+        assert torch.equal(connection.depth_connection(torch.zeros_like(views), carried), x)
     assert torch.equal(views, x[..., -DIM:])  # sub-layer 1 of HC reads stream 1; the views of FC are x
 
 
@@ -510,14 +510,15 @@ def test_bfloat16(name):
         assert a.dtype == torch.bfloat16
         assert ((a.float() - b).abs() <= 2**-8 * b.abs()).all()
 
-    views, coefficients = low.width_connection(x)
-    views_high, coefficients_high = high.width_connection(x_high)
-    assert coefficients.dtype == torch.float32
-    assert torch.equal(coefficients, coefficients_high)
+    views, carried = low.width_connection(x)
+    views_high, carried_high = high.width_connection(x_high)
+    for one, other in zip(carried[1:], carried_high[1:], strict=True):
+        assert one.dtype == torch.float32
+        assert torch.equal(one, other)
     close(views, views_high)
     out = torch.randn_like(views)
-    new = low.depth_connection(x, out, coefficients)
-    new_high = high.depth_connection(x_high, out.float(), coefficients_high)
+    new = low.depth_connection(out, carried)
+    new_high = high.depth_connection(out.float(), carried_high)
     close(new, new_high)
 
     new.float().square().sum().backward()
@@ -543,15 +544,15 @@ def test_memory(name, dtype):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        views, coefficients = connection.width_connection(x)
+        views, carried = connection.width_connection(x)
     if name[0] == "d":
         assert x.untyped_storage().data_ptr() in saved
     out = views.detach().clone().requires_grad_()
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        connection.depth_connection(x, out, coefficients)
+        connection.depth_connection(out, carried)
     for tensor in (x, out):
         assert saved.pop(tensor.untyped_storage().data_ptr())
-    rest = 2 * 4 * coefficients.numel() + sum(4 * p.numel() for p in connection.parameters()) * 3
+    rest = 2 * 4 * (carried[1].numel() + carried[2].numel()) + sum(4 * p.numel() for p in connection.parameters()) * 3
     assert sum(saved.values()) <= rest
     assert rest < 4 * x.numel()
 
@@ -607,9 +608,9 @@ def test_large_mean(name):
     """Streams with mean/std = 100 in float32 give the coefficients of float64."""
     connection = random_connection(name, 128, dtype=torch.float32)
     x = 100 + torch.randn(2, 16, connection.width)
-    exact = copy.deepcopy(connection).double().width_connection(x.double())[1]
-    error = (connection.width_connection(x)[1] - exact).abs().max()
-    assert error < 5e-3
+    exact = copy.deepcopy(connection).double().weights(x.double())
+    for one, other in zip(connection.weights(x), exact, strict=True):
+        assert (one - other).abs().max() < 5e-3
 
 
 @pytest.mark.parametrize("script", [False, True])
@@ -644,8 +645,8 @@ class Sublayer(nn.Module):
         self.to(next(self.connection.parameters(), torch.empty(0, dtype=torch.float64)).dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        views, coefficients = self.connection.width_connection(x)
-        return self.connection.depth_connection(x, F.gelu(self.branch(views)), coefficients)
+        views, carried = self.connection.width_connection(x)
+        return self.connection.depth_connection(F.gelu(self.branch(views)), carried)
 
 
 def values_and_gradients(run, module, x):
@@ -738,8 +739,8 @@ def test_compile_autocast():
     x = torch.randn(2, 3, DIM)
 
     def run(streams):
-        views, coefficients = connection.width_connection(streams)
-        return connection.depth_connection(streams, views.bfloat16(), coefficients)
+        views, carried = connection.width_connection(streams)
+        return connection.depth_connection(views.bfloat16(), carried)
 
     with torch.autocast("cpu", torch.bfloat16):
         out = torch.compile(run, fullgraph=True, backend="aot_eager")(expand_streams(x, 2))
