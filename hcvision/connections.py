@@ -26,6 +26,7 @@ from typing import Any, Optional, Tuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 KINDS = ("shc", "dhc", "sfc", "dfc")
 ARRANGEMENTS = ("sequential", "parallel")
@@ -508,7 +509,9 @@ def depth_connection(streams: Tensor, output: Tensor, alpha: Tensor, beta: Tenso
     if torch.jit.is_scripting():
         mixed = _mix(streams, alpha, output, beta)
     else:
-        mixed = _mix(streams, alpha, output, beta) if _plain() else _Depth.apply(streams, output, alpha.detach(), beta)
+        with _no_autocast(streams.device.type):
+            apply = _mix if _plain() else _Depth.apply
+            mixed = apply(streams, alpha if _plain() else alpha.detach(), output, beta)
     return mixed.flatten(-2).to(streams.dtype)
 
 
@@ -522,9 +525,21 @@ def _no_autocast(device_type: str) -> contextlib.AbstractContextManager:
     return contextlib.nullcontext()
 
 
+def _exact_matmul(tensor: Tensor) -> bool:
+    """Whether a matmul may mix streams: on a CPU, where it is quick, if it multiplies float32 as it is."""
+    backends: Any = torch.backends
+    allowed = (backends, backends.mkldnn, backends.mkldnn.matmul)
+    return tensor.device.type == "cpu" and all(part.fp32_precision in ("none", "ieee") for part in allowed)
+
+
 def _mix(streams: Tensor, alpha: Tensor, output: Optional[Tensor], beta: Optional[Tensor]) -> Tensor:
     """alpha^T @ streams (+ beta * output): (..., S, E), (..., S, K), (..., V, E), (..., S) -> (..., K, E)."""
     first = 0
+    if torch.jit.is_scripting():
+        pass
+    elif not _plain() and alpha.shape[-1] > 1 and _exact_matmul(streams):
+        mixed = _laid_out_like(streams, alpha.mT @ streams.to(alpha.dtype))
+        return mixed if output is None else mixed.addcmul_(beta[..., None], output)
     if output is not None and beta is not None:
         mixed = beta[..., None] * output
     else:
@@ -546,11 +561,12 @@ def _laid_out_like(streams: Tensor, mixed: Tensor) -> Tensor:
     return torch.empty_like(streams, dtype=mixed.dtype).copy_(mixed)
 
 
-def _inverse_deviation(streams: Tensor, center: bool) -> Tuple[Tensor, Tensor]:
-    """What LayerNorm (center) or RMSNorm multiplies a stream by, and its mean, both (..., S, 1)."""
-    mean = streams.mean(-1, keepdim=True)
+def _inverse_deviation(streams: Tensor, center: bool) -> Tuple[Tensor, Optional[Tensor]]:
+    """What LayerNorm (center) or RMSNorm multiplies a stream by, and the mean that LayerNorm takes, both (..., S, 1)."""
+    mean: Optional[Tensor] = None
     variance = torch.linalg.vector_norm(streams, dim=-1, keepdim=True).square() / streams.shape[-1]
     if center:
+        mean = streams.mean(-1, keepdim=True)
         variance = (variance - mean.square()).clamp(min=0.0)
     return (variance + 1e-6).rsqrt(), mean
 
@@ -571,7 +587,7 @@ def _read(
     else:
         streams = streams.to(rows.dtype)
         # As K rows of tokens, not tokens rows of K: the same numbers, several times as fast on a CPU.
-        projected = (rows @ streams.flatten(0, -2).mT).mT.unflatten(0, streams.shape[:-1])
+        projected = (rows @ streams.flatten(0, -2).mT).mT.contiguous().unflatten(0, streams.shape[:-1])
         if norm:
             projected = projected * _inverse_deviation(streams, center)[0]
         coefficients = static + scale * (projected.tanh() if tanh else projected)
@@ -586,11 +602,14 @@ def _read(
 # comes back there is the one of the carried streams, so that one pass over H serves both steps.
 
 
-def _to_streams(grad: Tensor, alpha: Tensor) -> Tensor:
-    """alpha @ grad, (..., S, K) and (..., K, E) -> (..., S, E): backwards through alpha^T @ H."""
-    if grad.device.type == "cpu" and grad.shape[-2] > 1 and torch.get_float32_matmul_precision() == "highest":
-        return alpha @ grad  # rounds no more than the sum below
-    return _mix(grad, alpha.mT, None, None)
+def _add_mixed(mixed: Tensor, grad: Tensor, alpha: Tensor) -> Tensor:
+    """mixed + alpha @ grad, in place where that is quicker: (..., S, E), (..., K, E), (..., S, K)."""
+    if grad.shape[-2] == 1:
+        return mixed.addcmul_(alpha, grad)
+    if not _exact_matmul(grad):
+        return mixed.add_(_mix(grad, alpha.mT, None, None))
+    mixed.view(-1, *mixed.shape[-2:]).baddbmm_(*(part.reshape(-1, *part.shape[-2:]) for part in (alpha, grad)))
+    return mixed
 
 
 class _Width(torch.autograd.Function):
@@ -608,40 +627,44 @@ class _Width(torch.autograd.Function):
         streams, _static, rows, scale, ctx.norm, ctx.center, ctx.tanh = inputs
         _views, _streams, alpha, _beta, projected = output
         ctx.save_for_backward(streams, rows, scale, alpha, projected)
+        ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx, grad_views, grad_carried, grad_alpha, grad_beta, grad_projected):
         streams, rows, scale, alpha, projected = ctx.saved_tensors
-        dtype, views = alpha.dtype, grad_views.shape[-2]
-        streams, grad_views, grad_carried = streams.to(dtype), grad_views.to(dtype), grad_carried.to(dtype)
-        with _no_autocast(grad_views.device.type):
-            through = torch.cat([streams @ grad_views.mT, streams @ grad_carried.mT], dim=-1)
-            grad = torch.cat([grad_alpha + through, grad_beta[..., None]], dim=-1)
+        dtype, number = alpha.dtype, alpha.shape[-1] - alpha.shape[-2]
+        streams = streams.to(dtype)
+        shape = (*streams.shape[:-2], number, streams.shape[-1])
+        grad_views = streams.new_zeros(shape) if grad_views is None else grad_views.to(dtype)
+        grad_carried = torch.zeros_like(streams) if grad_carried is None else grad_carried.to(dtype)
+        grad_beta = torch.zeros_like(streams[..., 0]) if grad_beta is None else grad_beta
+        with _no_autocast(streams.device.type):
+            through = (streams @ grad_views.mT, streams @ grad_carried.mT, grad_beta[..., None])
+            grad = torch.cat(through, dim=-1)
+            if grad_alpha is not None:
+                grad = grad + F.pad(grad_alpha, (0, 1))
             grad_static = grad.reshape(-1, *grad.shape[-2:]).sum(0)
-            grad_streams = _to_streams(grad_carried, alpha[..., views:])
-            if views == 1:
-                grad_streams = grad_streams.addcmul(alpha[..., :1], grad_views)
-            else:
-                grad_streams = grad_streams + _to_streams(grad_views, alpha[..., :views])
+            grad_streams = _mix(grad_carried, alpha[..., number:].mT, None, None).contiguous()
+            grad_streams = _add_mixed(grad_streams, grad_views, alpha[..., :number])
             if rows is None:
                 return grad_streams, grad_static, None, None, None, None, None
             dynamic = projected.tanh() if ctx.tanh else projected
             grad_scale = (grad * dynamic).flatten(0, -2).sum(0)
             grad = grad * scale
             if ctx.tanh:
-                grad = grad * (1 - dynamic.square())
-            grad = grad + grad_projected
+                grad = torch.ops.aten.tanh_backward(grad, dynamic)
+            if grad_projected is not None:
+                grad = grad + grad_projected
             back = rows
             if ctx.norm:
                 rstd, mean = _inverse_deviation(streams, ctx.center)
                 along = -rstd.square() * (grad * projected).sum(-1, keepdim=True) / rows.shape[1]
                 grad = grad * rstd
                 grad_streams.addcmul_(streams, along)
-            grad_rows = grad.flatten(0, -2).mT @ streams.flatten(0, -2)
-            if ctx.center and ctx.norm:  # one more row takes along * (H - mean) instead of along * H
-                grad = torch.cat([grad, -along * mean], dim=-1)
-                back = torch.cat([back, back.new_ones(1, back.shape[1])])
-            grad_streams = grad_streams.contiguous()
+                if mean is not None:  # one more row takes along * (H - mean) instead of along * H
+                    grad = torch.cat([grad, -along * mean], dim=-1)
+                    back = torch.cat([back, back.new_ones(1, back.shape[1])])
+            grad_rows = grad[..., : len(rows)].flatten(0, -2).mT @ streams.flatten(0, -2)
             grad_streams.view(-1, back.shape[1]).addmm_(grad.flatten(0, -2), back)
         return grad_streams, grad_static, grad_rows, grad_scale, None, None, None
 
@@ -667,7 +690,7 @@ class _Carry(torch.autograd.Function):
         with _no_autocast(grad.device.type):
             to_carried = streams.to(alpha.dtype) @ grad.mT
             grad_alpha = torch.cat([torch.zeros_like(alpha[..., :views]), to_carried], dim=-1)
-            return _to_streams(grad, alpha[..., views:]), grad_alpha
+            return _mix(grad, alpha[..., views:].mT, None, None), grad_alpha
 
 
 class _Depth(torch.autograd.Function):
@@ -676,19 +699,21 @@ class _Depth(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(streams, output, alpha, beta):
+    def forward(streams, alpha, output, beta):
         return _mix(streams, alpha, output, beta)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(inputs[1], inputs[3])
+        ctx.save_for_backward(*inputs[2:])
 
     @staticmethod
     def backward(ctx, grad):
         output, beta = ctx.saved_tensors
         with _no_autocast(grad.device.type):
-            # one output went to every stream (HC), or each its own (FC)
-            shared = output.shape[-2] == 1
-            grad_output = _mix(grad, beta[..., None], None, None) if shared else beta[..., None] * grad
-            grad_beta = torch.linalg.vecdot(output.to(grad.dtype), grad)
-        return grad, grad_output, None, grad_beta
+            if output.shape[-2] == 1:  # one output went to every stream (HC)
+                grad_output = _mix(grad, beta[..., None], None, None)
+                grad_beta = (grad @ output.to(grad.dtype).mT).squeeze(-1)
+            else:  # or each its own (FC)
+                grad_output = beta[..., None] * grad
+                grad_beta = torch.linalg.vecdot(output.to(grad.dtype), grad)
+        return grad, None, grad_output, grad_beta
