@@ -1,0 +1,682 @@
+"""The update rule of ``hcvision.connections`` as Triton kernels: what one token needs, in one pass over its streams.
+
+Two kernels do everything. ``_forward_kernel`` is the depth-connection of a sub-layer, the
+width-connection of the next one, or both joined; ``_backward_kernel`` goes back through the same. Bytes
+they move, per token, in vectors of E numbers (S streams, V views)::
+
+                 forward              backward
+    width        S + V                3S + V
+    depth        2S + V               S + 2V
+    joined       2S + 2V              3S + 3V
+
+What they keep for backward are the streams and the branch output: the coefficients are computed again
+from the streams. Arithmetic and coefficients are float32; streams are float32, bfloat16 or float16, of
+any width E, at rates 1 to 8. Sums over tokens go through a buffer per program and are added up in a
+fixed order: the same input gives the same bits, always.
+
+They are operators of PyTorch (``torch.ops.hcvision.width``, ``.depth``, ``.join``) with a gradient, so that
+torch.compile, DDP, FSDP, gradient checkpointing and CUDA graphs take them as they take any other.
+``TRITON_INTERPRET=1`` in the environment runs them on a CPU, slowly, for tests.
+
+Between the two steps of a connection runs a ``link``, a tensor without memory that stands for the
+carried streams alpha^T @ H: its gradient is theirs, which the backward of the width-connection takes
+back to H in the pass in which it reads H anyway.
+
+Letters in shapes: T tokens, S streams, V views, E stream width, K = V + S + 1 coefficients of a stream.
+"""
+
+import os
+from collections.abc import Callable
+from typing import Any, Optional, Tuple
+
+import torch
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # a build of PyTorch without it
+    triton = None
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MOST_STREAMS = 8
+LANES = 32
+
+
+def why_not(streams: Tensor) -> str:
+    """Why the kernels cannot take these streams (..., S, E), or nothing."""
+    if triton is None:
+        return "this PyTorch comes without Triton"
+    if not (streams.is_cuda or (INTERPRETED and streams.device.type == "cpu")):
+        return f"they need a CUDA tensor, or TRITON_INTERPRET=1 in the environment, got one on {streams.device.type}"
+    if streams.dtype not in DTYPES:
+        return f"they take float32, bfloat16 and float16, got {str(streams.dtype).removeprefix('torch.')}"
+    if streams.shape[-2] > MOST_STREAMS:
+        return f"they take rates up to {MOST_STREAMS}, got {streams.shape[-2]}"
+    if torch._C._functorch.maybe_current_level() is not None and not torch.compiler.is_compiling():
+        return "they do not run under torch.func"
+    return ""
+
+
+if triton is not None:
+
+    @triton.jit
+    def _lane_sums(x, BT: tl.constexpr, BC: tl.constexpr, LANES: tl.constexpr):
+        """(BT, BC) -> (BT, LANES): what each lane adds up by itself; the lanes are added up once, at the end."""
+        return tl.sum(tl.reshape(x, [BT, LANES, BC // LANES]), axis=2)
+
+    @triton.jit
+    def _tanh(x):
+        """In float32: a series near 0, where the other form would cancel."""
+        square = x * x
+        near = x * (1 + square * (-1 / 3 + square * (2 / 15 + square * (-17 / 315 + square * (62 / 2835)))))
+        e = tl.exp(-2 * tl.abs(x))
+        far = (1 - e) / (1 + e)
+        return tl.where(square < 0.04, near, tl.where(x < 0, -far, far))
+
+    @triton.jit
+    def _zeros(NUMBER: tl.constexpr, BT: tl.constexpr, LANES: tl.constexpr):
+        sums = ()
+        for _ in tl.static_range(NUMBER):
+            sums = sums + (tl.zeros([BT, LANES], tl.float32),)
+        return sums
+
+    @triton.jit
+    def _load_rows(base, offsets, mask, NUMBER: tl.constexpr, E: tl.constexpr):
+        """NUMBER vectors (BT, BC) that lie E apart, as float32."""
+        rows = ()
+        for i in tl.static_range(NUMBER):
+            rows = rows + (tl.load(base + offsets + i * E, mask=mask, other=0.0).to(tl.float32),)
+        return rows
+
+    @triton.jit
+    def _load_numbers(base, first, mask, NUMBER: tl.constexpr):
+        """NUMBER neighbouring numbers of each token, (BT,) each."""
+        numbers = ()
+        for i in tl.static_range(NUMBER):
+            numbers = numbers + (tl.load(base + first + i, mask=mask, other=0.0),)
+        return numbers
+
+    @triton.jit
+    def _inverse_deviation(square, total, E: tl.constexpr, CENTER: tl.constexpr):
+        variance = square / E
+        if CENTER:
+            variance = tl.maximum(variance - (total / E) * (total / E), 0.0)
+        return tl.rsqrt(variance + 1e-6)
+
+    @triton.jit
+    def _forward_kernel(
+        streams, output, alpha, beta, static, rows, scale,  # read
+        following, views, new_alpha, new_beta,  # written
+        T,
+        S: tl.constexpr, V: tl.constexpr, E: tl.constexpr,
+        DEPTH: tl.constexpr, WIDTH: tl.constexpr, DYNAMIC: tl.constexpr,
+        NORM: tl.constexpr, CENTER: tl.constexpr, TANH: tl.constexpr,
+        BT: tl.constexpr, BC: tl.constexpr, LANES: tl.constexpr,
+    ):  # fmt: skip
+        """DEPTH: following = beta * output + alpha_r^T streams. WIDTH: views and coefficients of what is there then."""
+        K: tl.constexpr = V + S + 1
+        t = (tl.program_id(0) * BT + tl.arange(0, BT)).to(tl.int64)
+        there = t < T
+        if DEPTH:
+            old_alpha = _load_numbers(alpha, t * (S * (V + S)), there, S * (V + S))
+            old_beta = _load_numbers(beta, t * S, there, S)
+        projected = _zeros(S * K, BT, LANES)
+        square = _zeros(S, BT, LANES)
+        total = _zeros(S, BT, LANES)
+        for start in range(0, E, BC):
+            e = start + tl.arange(0, BC)
+            mask = there[:, None] & (e < E)[None, :]
+            at = t[:, None] * (S * E) + e[None, :]
+            h = _load_rows(streams, at, mask, S, E)
+            if DEPTH:
+                out = _load_rows(output, t[:, None] * (V * E) + e[None, :], mask, V, E)
+                mixed = ()
+                for j in tl.static_range(S):
+                    new = old_beta[j][:, None] * out[j % V]
+                    for i in tl.static_range(S):
+                        new += old_alpha[i * (V + S) + V + j][:, None] * h[i]
+                    new = new.to(following.dtype.element_ty)
+                    tl.store(following + at + j * E, new, mask=mask)
+                    mixed = mixed + (new.to(tl.float32),)
+                h = mixed
+            if WIDTH and DYNAMIC:
+                sums = ()
+                for k in tl.static_range(K):
+                    row = tl.load(rows + k * E + e, mask=e < E, other=0.0)[None, :]
+                    for i in tl.static_range(S):
+                        sums = sums + (projected[k * S + i] + _lane_sums(h[i] * row, BT, BC, LANES),)
+                projected = sums
+                if NORM:
+                    squares = ()
+                    for i in tl.static_range(S):
+                        squares = squares + (square[i] + _lane_sums(h[i] * h[i], BT, BC, LANES),)
+                    square = squares
+                    if CENTER:
+                        totals = ()
+                        for i in tl.static_range(S):
+                            totals = totals + (total[i] + _lane_sums(h[i], BT, BC, LANES),)
+                        total = totals
+        if WIDTH:
+            read = ()
+            for i in tl.static_range(S):
+                if DYNAMIC and NORM:
+                    rstd = _inverse_deviation(tl.sum(square[i], axis=1), tl.sum(total[i], axis=1), E, CENTER)
+                for k in tl.static_range(K):
+                    number = tl.zeros([BT], tl.float32) + tl.load(static + i * K + k)
+                    if DYNAMIC:
+                        dynamic = tl.sum(projected[k * S + i], axis=1)
+                        if NORM:
+                            dynamic = dynamic * rstd
+                        if TANH:
+                            dynamic = _tanh(dynamic)
+                        number += tl.load(scale + k) * dynamic
+                    if k < V:
+                        read = read + (number,)
+                    if k < V + S:
+                        tl.store(new_alpha + t * (S * (V + S)) + i * (V + S) + k, number, mask=there)
+                    else:
+                        tl.store(new_beta + t * S + i, number, mask=there)
+            if DEPTH:
+                tl.debug_barrier()
+            for start in range(0, E, BC):
+                e = start + tl.arange(0, BC)
+                mask = there[:, None] & (e < E)[None, :]
+                h = _load_rows(following if DEPTH else streams, t[:, None] * (S * E) + e[None, :], mask, S, E)
+                for v in tl.static_range(V):
+                    view = read[v][:, None] * h[0]
+                    for i in tl.static_range(1, S):
+                        view += read[i * V + v][:, None] * h[i]
+                    at = t[:, None] * (V * E) + v * E + e[None, :]
+                    tl.store(views + at, view.to(views.dtype.element_ty), mask=mask)
+
+    @triton.jit
+    def _backward_kernel(
+        streams, grad_views, grad_carried, grad_alpha, grad_beta, static, rows, scale, output, old_beta,  # read
+        grad_streams, grad_coefficients, dynamics, grad_rows, grad_output, grad_old_beta,  # written
+        T, tiles,
+        S: tl.constexpr, V: tl.constexpr, E: tl.constexpr,
+        DEPTH: tl.constexpr, WIDTH: tl.constexpr, DYNAMIC: tl.constexpr,
+        NORM: tl.constexpr, CENTER: tl.constexpr, TANH: tl.constexpr, HAS_GRAD_ALPHA: tl.constexpr,
+        BT: tl.constexpr, BC: tl.constexpr, LANES: tl.constexpr,
+    ):  # fmt: skip
+        """WIDTH: to the streams, from views, carried streams and coefficients. DEPTH: on to output and beta before it.
+
+        Without WIDTH, ``grad_carried`` is the gradient of the streams behind the depth-connection.
+        """
+        K: tl.constexpr = V + S + 1
+        program = tl.program_id(0)
+        for tile in range(program, tiles, tl.num_programs(0)):
+            t = (tile * BT + tl.arange(0, BT)).to(tl.int64)
+            there = t < T
+            if WIDTH:
+                projected = _zeros(S * K, BT, LANES)
+                square = _zeros(S, BT, LANES)
+                total = _zeros(S, BT, LANES)
+                through = _zeros(S * (V + S), BT, LANES)
+                for start in range(0, E, BC):
+                    e = start + tl.arange(0, BC)
+                    mask = there[:, None] & (e < E)[None, :]
+                    at = t[:, None] * (S * E) + e[None, :]
+                    h = _load_rows(streams, at, mask, S, E)
+                    g = _load_rows(grad_views, t[:, None] * (V * E) + e[None, :], mask, V, E)
+                    g = g + _load_rows(grad_carried, at, mask, S, E)
+                    sums = ()
+                    for i in tl.static_range(S):
+                        for k in tl.static_range(V + S):
+                            sums = sums + (through[i * (V + S) + k] + _lane_sums(h[i] * g[k], BT, BC, LANES),)
+                    through = sums
+                    if DYNAMIC:
+                        sums = ()
+                        for k in tl.static_range(K):
+                            row = tl.load(rows + k * E + e, mask=e < E, other=0.0)[None, :]
+                            for i in tl.static_range(S):
+                                sums = sums + (projected[k * S + i] + _lane_sums(h[i] * row, BT, BC, LANES),)
+                        projected = sums
+                        if NORM:
+                            squares = ()
+                            for i in tl.static_range(S):
+                                squares = squares + (square[i] + _lane_sums(h[i] * h[i], BT, BC, LANES),)
+                            square = squares
+                            if CENTER:
+                                totals = ()
+                                for i in tl.static_range(S):
+                                    totals = totals + (total[i] + _lane_sums(h[i], BT, BC, LANES),)
+                                total = totals
+                coefficients = ()  # alpha, (S, V + S)
+                back = ()  # what goes back through the rows, (S, K)
+                along = ()  # what goes back through the norm, (S,)
+                mean = ()
+                for i in tl.static_range(S):
+                    if DYNAMIC:
+                        rstd = tl.full([BT], 1.0, tl.float32)
+                        average = tl.sum(total[i], axis=1) / E
+                        if NORM:
+                            rstd = _inverse_deviation(tl.sum(square[i], axis=1), tl.sum(total[i], axis=1), E, CENTER)
+                        inner = tl.zeros([BT], tl.float32)
+                        mean = mean + (average,)
+                    for k in tl.static_range(K):
+                        if k < V + S:
+                            grad = tl.sum(through[i * (V + S) + k], axis=1)
+                            if HAS_GRAD_ALPHA:
+                                place = t * (S * (V + S)) + i * (V + S) + k
+                                grad += tl.load(grad_alpha + place, mask=there, other=0.0)
+                        else:
+                            grad = tl.load(grad_beta + t * S + i, mask=there, other=0.0)
+                        at_k = t * (S * K) + i * K + k
+                        tl.store(grad_coefficients + at_k, grad, mask=there)
+                        number = tl.zeros([BT], tl.float32) + tl.load(static + i * K + k)
+                        if DYNAMIC:
+                            factor = tl.load(scale + k)
+                            raw = tl.sum(projected[k * S + i], axis=1) * rstd
+                            dynamic = raw
+                            if TANH:
+                                dynamic = _tanh(raw)
+                            tl.store(dynamics + at_k, dynamic, mask=there)
+                            number += factor * dynamic
+                            grad = grad * factor
+                            if TANH:
+                                grad = grad * (1 - dynamic * dynamic)
+                            inner += grad * raw
+                            back = back + (grad * rstd,)
+                        if k < V + S:
+                            coefficients = coefficients + (number,)
+                    if DYNAMIC and NORM:
+                        along = along + (-rstd * rstd * inner / E,)
+            if DEPTH:
+                write = _load_numbers(old_beta, t * S, there, S)
+                taken = _zeros(S, BT, LANES)
+            for start in range(0, E, BC):
+                e = start + tl.arange(0, BC)
+                mask = there[:, None] & (e < E)[None, :]
+                at = t[:, None] * (S * E) + e[None, :]
+                g = _load_rows(grad_carried, at, mask, S, E)
+                if WIDTH:
+                    g = _load_rows(grad_views, t[:, None] * (V * E) + e[None, :], mask, V, E) + g
+                    h = _load_rows(streams, at, mask, S, E)
+                    to_streams = ()
+                    for i in tl.static_range(S):
+                        new = coefficients[i * (V + S)][:, None] * g[0]
+                        for k in tl.static_range(1, V + S):
+                            new += coefficients[i * (V + S) + k][:, None] * g[k]
+                        if DYNAMIC and NORM:
+                            if CENTER:
+                                new += along[i][:, None] * (h[i] - mean[i][:, None])
+                            else:
+                                new += along[i][:, None] * h[i]
+                        to_streams = to_streams + (new,)
+                    if DYNAMIC:
+                        for k in tl.static_range(K):
+                            row = tl.load(rows + k * E + e, mask=e < E, other=0.0)[None, :]
+                            of_row = back[k][:, None] * h[0]
+                            added = (to_streams[0] + back[k][:, None] * row,)
+                            for i in tl.static_range(1, S):
+                                of_row += back[i * K + k][:, None] * h[i]
+                                added = added + (to_streams[i] + back[i * K + k][:, None] * row,)
+                            to_streams = added
+                            place = grad_rows + program * (K * E) + k * E + e
+                            of_row = tl.sum(of_row, axis=0)
+                            if tile != program:
+                                of_row += tl.load(place, mask=e < E, other=0.0)
+                            tl.store(place, of_row, mask=e < E)
+                    g = ()
+                    for i in tl.static_range(S):
+                        new = to_streams[i].to(grad_streams.dtype.element_ty)
+                        tl.store(grad_streams + at + i * E, new, mask=mask)
+                        g = g + (new.to(tl.float32),)
+                if DEPTH:
+                    out = _load_rows(output, t[:, None] * (V * E) + e[None, :], mask, V, E)
+                    sums = ()
+                    for i in tl.static_range(S):
+                        sums = sums + (taken[i] + _lane_sums(out[i % V] * g[i], BT, BC, LANES),)
+                    taken = sums
+                    for v in tl.static_range(V):
+                        new = write[v][:, None] * g[v]
+                        for i in tl.static_range(v + V, S, V):  # every stream took the one output of HC
+                            new += write[i][:, None] * g[i]
+                        place = grad_output + t[:, None] * (V * E) + v * E + e[None, :]
+                        tl.store(place, new.to(grad_output.dtype.element_ty), mask=mask)
+            if DEPTH:
+                for i in tl.static_range(S):
+                    tl.store(grad_old_beta + t * S + i, tl.sum(taken[i], axis=1), mask=there)
+            if WIDTH and DYNAMIC:
+                tl.debug_barrier()  # before the next tile adds to the program's rows
+
+
+def tile_sizes(E: int, itemsize: int, streams: int) -> tuple[int, int]:
+    """Tokens and columns of a tile: a warp has a token, a lane loads 16 bytes, or 8 where there are many streams."""
+    columns = LANES * (16 if streams <= 4 else 8) // itemsize
+    needed = 1 << max(E - 1, LANES - 1).bit_length()
+    return 4, min(columns, needed)
+
+
+def _programs(tiles: int, device: torch.device) -> int:
+    """How many programs go through the tiles in backward; each has a buffer for its sums over tokens."""
+    if device.type != "cuda":
+        return min(tiles, 2)
+    return min(tiles, 4 * torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def _sizes(streams: Tensor, views: int) -> tuple[int, int, int, int]:
+    """T, S, V, E."""
+    S, E = streams.shape[-2:]
+    return streams.numel() // (S * E) if S * E else 0, S, views, E
+
+
+def _launch(kernel: Any, programs: int, tensors: list[Optional[Tensor]], numbers: list[int], options: dict) -> None:
+    """Run a kernel; a tensor that it does not touch is None here and any other one there."""
+    some = next(tensor for tensor in tensors if tensor is not None)
+    kernel[(programs,)](*(some if tensor is None else tensor for tensor in tensors), *numbers, **options)
+
+
+def _forward(
+    streams: Tensor,
+    views: int,
+    depth: Optional[Tuple[Tensor, Tensor, Tensor]],
+    width: Optional[Tuple[Tensor, Optional[Tensor], Optional[Tensor], bool, bool, bool]],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What ``_forward_kernel`` writes: the next streams, and their views, alpha and beta."""
+    T, S, V, E = _sizes(streams, views)
+    lead = streams.shape[:-2]
+    output, alpha, beta = (part.contiguous() for part in depth) if depth else (None,) * 3
+    static, rows, scale, norm, center, tanh = width or (None, None, None, False, False, False)
+    following = torch.empty(streams.shape if depth else (0,), dtype=streams.dtype, device=streams.device)
+    new_views, new_alpha, new_beta = _forward_outputs(streams, views) if width else (following,) * 3
+    if T and E:
+        BT, BC = tile_sizes(E, streams.element_size(), S)
+        written = (following, new_views, new_alpha, new_beta)
+        tensors = [streams.contiguous(), output, alpha, beta, static, rows, scale, *written]
+        options = {
+            "S": S, "V": V, "E": E, "DEPTH": depth is not None, "WIDTH": width is not None,
+            "DYNAMIC": rows is not None, "NORM": norm, "CENTER": center, "TANH": tanh,
+            "BT": BT, "BC": BC, "LANES": min(LANES, BC), "num_warps": BT,
+        }  # fmt: skip
+        _launch(_forward_kernel, triton.cdiv(T, BT), tensors, [T], options)
+    assert new_views.shape[:-2] == lead or not width
+    return following, new_views, new_alpha, new_beta
+
+
+def _forward_outputs(streams: Tensor, views: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Empty views (..., V, E), alpha (..., S, V+S) and beta (..., S)."""
+    *lead, S, E = streams.shape
+    return (
+        torch.empty((*lead, views, E), dtype=streams.dtype, device=streams.device),
+        torch.empty((*lead, S, views + S), dtype=torch.float32, device=streams.device),
+        torch.empty((*lead, S), dtype=torch.float32, device=streams.device),
+    )
+
+
+def _backward(
+    grad_carried: Tensor,
+    views: int,
+    depth: Optional[Tuple[Tensor, Tensor]],
+    width: Optional[Tuple[Any, ...]],
+) -> tuple[Tensor, ...]:
+    """What ``_backward_kernel`` writes: the gradients of streams, static, rows, scale, output and beta."""
+    T, S, V, E = _sizes(grad_carried, views)
+    K, device = V + S + 1, grad_carried.device
+    output, beta = (part.contiguous() for part in depth) if depth else (None, None)
+    streams = grad_views = grad_alpha = grad_beta = static = rows = scale = None
+    norm = center = tanh = False
+    if width:
+        streams, grad_views, grad_alpha, grad_beta, static, rows, scale, norm, center, tanh = width
+        streams, grad_views, grad_beta = streams.contiguous(), grad_views.contiguous(), grad_beta.contiguous()
+        grad_alpha = None if grad_alpha is None else grad_alpha.contiguous()
+    BT, BC = tile_sizes(E, grad_carried.element_size(), S)
+    tiles = -(-T // BT)
+    programs = _programs(tiles, device) if rows is not None else tiles
+    grad_streams = torch.empty_like(streams) if streams is not None else grad_carried
+    grad_output = torch.empty_like(output) if output is not None else None
+    grad_old_beta = torch.empty_like(beta) if beta is not None else None
+
+    def float32(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=device)
+
+    coefficients = float32(T, S, K) if width else None
+    dynamics = float32(T, S, K) if rows is not None else None
+    grad_rows = float32(programs, K, E) if rows is not None else None
+    if T and E:
+        tensors = [streams, grad_views, grad_carried.contiguous(), grad_alpha, grad_beta, static, rows, scale]
+        tensors += [output, beta, grad_streams, coefficients, dynamics, grad_rows, grad_output, grad_old_beta]
+        options = {
+            "S": S, "V": V, "E": E, "DEPTH": depth is not None, "WIDTH": width is not None,
+            "DYNAMIC": rows is not None, "NORM": norm, "CENTER": center, "TANH": tanh,
+            "HAS_GRAD_ALPHA": grad_alpha is not None,
+            "BT": BT, "BC": BC, "LANES": min(LANES, BC), "num_warps": BT,
+        }  # fmt: skip
+        _launch(_backward_kernel, programs, tensors, [T, tiles], options)
+    grads: list[Tensor] = []
+    if coefficients is not None:
+        grads += [grad_streams, coefficients.sum(0)]
+        if dynamics is not None and grad_rows is not None:
+            grads += [grad_rows.sum(0), (coefficients * dynamics).sum((0, 1))]
+        else:
+            grads += [float32(0), float32(0)]
+    return (*grads, *(part for part in (grad_output, grad_old_beta) if part is not None))
+
+
+def _link(streams: Tensor) -> Tensor:
+    """As large as the streams, without memory."""
+    return torch.empty((), dtype=streams.dtype, device=streams.device).expand(streams.shape)
+
+
+# Operators
+
+
+def _operator(name: str, fake: Callable) -> Callable[[Callable], Any]:
+    def register(function: Callable) -> Any:
+        operator = torch.library.custom_op(f"hcvision::{name}", function, mutates_args=())
+        operator.register_fake(fake)
+        return operator
+
+    return register
+
+
+def _fake_width(streams, static, rows, scale, norm, center, tanh):
+    return *_forward_outputs(streams, static.shape[1] - static.shape[0] - 1), _link(streams)
+
+
+@_operator("width", _fake_width)
+def width(
+    streams: Tensor,
+    static: Tensor,
+    rows: Optional[Tensor],
+    scale: Optional[Tensor],
+    norm: bool,
+    center: bool,
+    tanh: bool,
+) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Width-connection.
+
+    Args:
+        streams: (..., S, E).
+        static: static alpha and beta side by side, (S, K), float32.
+        rows: a projection per coefficient, (K, E), float32; None for static weights.
+        scale: of the dynamic part of each coefficient, (K,), float32.
+        norm, center: whether streams are normalised before, and centered.
+        tanh: whether the dynamic part is squashed.
+
+    Returns:
+        Views (..., V, E), alpha (..., S, V+S), beta (..., S), and the link.
+    """
+    V = static.shape[1] - static.shape[0] - 1
+    outputs = _forward(streams, V, None, (static.contiguous(), _dense(rows), scale, norm, center, tanh))[1:]
+    return *outputs, _link(streams)
+
+
+def _dense(tensor: Optional[Tensor]) -> Optional[Tensor]:
+    return None if tensor is None else tensor.contiguous()
+
+
+def _fake_depth(link, streams, output, alpha, beta):
+    return torch.empty(streams.shape, dtype=streams.dtype, device=streams.device)
+
+
+@_operator("depth", _fake_depth)
+def depth(link: Tensor, streams: Tensor, output: Tensor, alpha: Tensor, beta: Tensor) -> Tensor:
+    """Depth-connection: beta * output + alpha_r^T streams, (..., S, E); ``link`` as ``width`` returned it."""
+    return _forward(streams, output.shape[-2], (output, alpha, beta), None)[0]
+
+
+def _fake_join(link, streams, output, alpha, beta, static, rows, scale, norm, center, tanh):
+    following = _fake_depth(link, streams, output, alpha, beta)
+    return following, *_fake_width(following, static, rows, scale, norm, center, tanh)
+
+
+@_operator("join", _fake_join)
+def join(
+    link: Tensor,
+    streams: Tensor,
+    output: Tensor,
+    alpha: Tensor,
+    beta: Tensor,
+    static: Tensor,
+    rows: Optional[Tensor],
+    scale: Optional[Tensor],
+    norm: bool,
+    center: bool,
+    tanh: bool,
+) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """``depth`` and the ``width`` of the next sub-layer: the next streams, then what ``width`` returns."""
+    width = (static.contiguous(), _dense(rows), scale, norm, center, tanh)
+    following, *outputs = _forward(streams, output.shape[-2], (output, alpha, beta), width)
+    return following, *outputs, _link(following)
+
+
+def _fake_depth_backward(grad, output, beta):
+    return torch.empty_like(output.contiguous()), torch.empty_like(beta.contiguous())
+
+
+@_operator("depth_backward", _fake_depth_backward)
+def depth_backward(grad: Tensor, output: Tensor, beta: Tensor) -> Tuple[Tensor, Tensor]:
+    """The gradients of output and beta, from that of the next streams, which is that of the link too."""
+    grad_output, grad_beta = _backward(grad, output.shape[-2], (output, beta), None)
+    return grad_output, grad_beta
+
+
+def _fake_width_backward(grad_views, grad_alpha, grad_beta, grad_link, streams, static, rows, scale, *_):
+    none = static.new_empty(0)
+    parts = [static] + [none if part is None else part for part in (rows, scale)]
+    return torch.empty_like(streams.contiguous()), *(torch.empty_like(part.contiguous()) for part in parts)
+
+
+@_operator("width_backward", _fake_width_backward)
+def width_backward(
+    grad_views: Tensor,
+    grad_alpha: Optional[Tensor],
+    grad_beta: Tensor,
+    grad_link: Tensor,
+    streams: Tensor,
+    static: Tensor,
+    rows: Optional[Tensor],
+    scale: Optional[Tensor],
+    norm: bool,
+    center: bool,
+    tanh: bool,
+) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of streams, static, rows and scale; the last two are empty for static weights."""
+    width = (streams, grad_views, grad_alpha, grad_beta, static, _dense(rows), scale, norm, center, tanh)
+    grads = _backward(grad_link, grad_views.shape[-2], None, width)
+    return grads[0], grads[1], grads[2], grads[3]
+
+
+def _fake_join_backward(grad_views, grad_alpha, grad_beta, grad_link, streams, static, rows, scale, n, c, t, out, beta):
+    grads = _fake_width_backward(grad_views, grad_alpha, grad_beta, grad_link, streams, static, rows, scale)
+    return *grads, *_fake_depth_backward(grad_link, out, beta)
+
+
+@_operator("join_backward", _fake_join_backward)
+def join_backward(
+    grad_views: Tensor,
+    grad_alpha: Optional[Tensor],
+    grad_beta: Tensor,
+    grad_link: Tensor,
+    streams: Tensor,
+    static: Tensor,
+    rows: Optional[Tensor],
+    scale: Optional[Tensor],
+    norm: bool,
+    center: bool,
+    tanh: bool,
+    output: Tensor,
+    old_beta: Tensor,
+) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """``width_backward`` and, with the gradient of the streams that it gives, ``depth_backward``."""
+    width = (streams, grad_views, grad_alpha, grad_beta, static, _dense(rows), scale, norm, center, tanh)
+    grads = _backward(grad_link, output.shape[-2], (output, old_beta), width)
+    return grads[0], grads[1], grads[2], grads[3], grads[4], grads[5]
+
+
+def _keep_width(ctx: Any, inputs: Any, streams: Tensor) -> None:
+    static, rows, scale, *ctx.options = inputs
+    ctx.save_for_backward(streams, static, rows, scale)
+
+
+def _or_zeros(grad: Optional[Tensor], streams: Tensor, *shape: int) -> Tensor:
+    """Gradients that autograd leaves out."""
+    return grad if grad is not None else streams.new_zeros((*streams.shape[:-2], *shape))
+
+
+def _width_setup(ctx: Any, inputs: Any, output: Any) -> None:
+    streams, *rest = inputs
+    _keep_width(ctx, rest, streams)
+    ctx.set_materialize_grads(False)
+
+
+def _width_grads(grad_views: Any, grad_alpha: Any, grad_beta: Any, grad_link: Any, streams: Tensor, static: Tensor):
+    S, E = streams.shape[-2:]
+    V = static.shape[1] - S - 1
+    views, link = _or_zeros(grad_views, streams, V, E), _or_zeros(grad_link, streams, S, E)
+    return views, grad_alpha, _or_zeros(grad_beta, streams, S).float(), link
+
+
+def _width_backward(ctx: Any, *grads: Any) -> Any:
+    streams, static, rows, scale = ctx.saved_tensors
+    ready = _width_grads(*grads, streams, static)
+    to_streams, *found = width_backward(*ready, streams, static, rows, scale, *ctx.options)
+    return to_streams, *(found if rows is not None else (found[0], None, None)), None, None, None
+
+
+width.register_autograd(_width_backward, setup_context=_width_setup)
+
+
+def _depth_setup(ctx: Any, inputs: Any, output: Any) -> None:
+    _link, _streams, branch_output, _alpha, beta = inputs
+    ctx.save_for_backward(branch_output, beta)
+
+
+def _depth_backward(ctx: Any, grad: Any) -> Any:
+    return grad, None, *_to_output(depth_backward(grad, *ctx.saved_tensors))
+
+
+def _to_output(grads: Any) -> Any:
+    grad_output, grad_beta = grads
+    return grad_output, None, grad_beta
+
+
+depth.register_autograd(_depth_backward, setup_context=_depth_setup)
+
+
+def _join_setup(ctx: Any, inputs: Any, output: Any) -> None:
+    _link, _streams, branch_output, _alpha, beta, static, rows, scale, *ctx.options = inputs
+    ctx.save_for_backward(output[0], static, rows, scale, branch_output, beta)
+    ctx.set_materialize_grads(False)
+
+
+def _join_backward(ctx: Any, grad_following: Any, *grads: Any) -> Any:
+    following, static, rows, scale, output, beta = ctx.saved_tensors
+    ready = _width_grads(*grads, following, static)
+    weights = (following, static, rows, scale, *ctx.options)
+    if grad_following is None:
+        to_streams, *found = join_backward(*ready, *weights, output, beta)
+        to_output = found[3:]
+    else:  # somebody read the streams themselves too
+        to_streams, *found = width_backward(*ready, *weights)
+        to_streams = to_streams + grad_following
+        to_output = depth_backward(to_streams, output, beta)
+    found = found[:3] if rows is not None else (found[0], None, None)
+    return to_streams, None, *_to_output(to_output), *found, None, None, None
+
+
+join.register_autograd(_join_backward, setup_context=_join_setup)
