@@ -2,19 +2,22 @@
 
     python benchmarks/connections.py
     python benchmarks/connections.py --variants dhc2 textbook-dhc2 peer-dhc2 --rounds 20 --json dhc2.json
+    python benchmarks/connections.py --variants dfc4 dhc2 dhc4 --compile
     python benchmarks/connections.py --device cuda --dtype bfloat16 --batch 128
 
 What: one step (forward and backward) of 12 timm blocks of width 384 with 6 heads on 8 x 197 tokens,
 entry, exit and final norm included, eager, against the same trunk with residual adds. ``dhc2`` is
-this library; ``textbook-dhc2`` the papers' formula, written down with matmul and autograd;
-``peer-dhc2`` the package hyper-connections around the same branches, with an RMSNorm.
+this library; ``recompute-dhc2`` the same with ``convert(..., recompute=4)``; ``textbook-dhc2`` the
+papers' formula, written down with matmul and autograd; ``peer-dhc2`` the package hyper-connections
+around the same branches, with an RMSNorm. ``--compile`` adds each trunk through torch.compile, against
+the compiled residual trunk and against its own eager step.
 
 How: first the library's output and gradients are held against the textbook in float64, with random
 connection parameters; where they differ the script says so and exits with 1. Then the variants take
 turns in one process, a step each per round, in an order that changes. A ratio is a step's time over
 that of the residual step of the same round; the table has their quartiles. Saved activations are the
-bytes that autograd keeps for backward, parameters aside: the same on every machine. CUDA adds
-milliseconds and the peak memory of a step.
+bytes that live at the end of the forward pass and did not before, by whatever means they are kept,
+parameters aside: the same on every machine. CUDA adds milliseconds and the peak memory of a step.
 """
 
 import argparse
@@ -24,7 +27,7 @@ import json
 import re
 import statistics
 import sys
-import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,16 +37,25 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hcvision import convert
+from hcvision.benchmark import Step, TensorMemory, compare, interleaved_times, keep_freed_memory, peak_memory
 from hcvision.connections import HyperConnection, StreamConnection, parse_connection
+from hcvision.runs import markdown
 
 try:
     import hyper_connections as peer
 except ImportError:
     peer = None
 
-DEFAULTS = ["dfc4", "dhc2", "dhc4", "shc2"]
+DEFAULTS = ["dfc4", "dhc2", "dhc4", "shc2", "recompute-dhc4"]
 DEFAULTS += [f"{form}-{name}" for form in ("textbook", "peer") for name in ("dfc4", "dhc2", "dhc4")]
 TOLERANCE = 1e-10
+RECOMPUTE = 4  # blocks whose streams are computed again together, in the form ``recompute``
+BARS = {  # at most so much of the residual trunk's time, on a CPU, and of its saved activations
+    "dfc4": (1.06, 1.28),
+    "dhc2": (1.10, 1.40),
+    "dhc4": (1.20, 1.68),
+    "recompute-dhc4": (None, 1.25),
+}
 
 
 class Size(NamedTuple):
@@ -54,7 +66,7 @@ class Size(NamedTuple):
     batch: int
 
 
-FULL, SMALL = Size(384, 6, 12, 197, 8), Size(32, 2, 3, 5, 2)
+FULL, SMALL = Size(384, 6, 12, 197, 8), Size(32, 2, 6, 5, 2)
 
 
 def build_model(size: Size) -> VisionTransformer:
@@ -101,13 +113,13 @@ def library_trunk(model: VisionTransformer) -> nn.Module:
 
 
 def build_trunk(variant: str, model: VisionTransformer) -> nn.Module:
-    """``residual``, ``dhc2``, ``textbook-dhc2`` or ``peer-dhc2`` around copies of the model's weights."""
+    """``residual``, ``dhc2``, ``recompute-dhc2``, ``textbook-dhc2`` or ``peer-dhc2`` around copies of the weights."""
     form, _, name = variant.rpartition("-")
     model = copy.deepcopy(model)
-    if form != "peer":
-        converted = convert(copy.deepcopy(model), name)
-        return Textbook(model, converted) if form == "textbook" else library_trunk(converted)
-    return nn.Sequential(model.norm_pre, peer_blocks(model, name), model.norm)
+    if form == "peer":
+        return nn.Sequential(model.norm_pre, peer_blocks(model, name), model.norm)
+    converted = convert(copy.deepcopy(model), name, recompute=RECOMPUTE if form == "recompute" else 0)
+    return Textbook(model, converted) if form == "textbook" else library_trunk(converted)
 
 
 def peer_blocks(model: VisionTransformer, name: str) -> nn.Sequential:
@@ -126,13 +138,14 @@ def peer_blocks(model: VisionTransformer, name: str) -> nn.Sequential:
     return nn.Sequential(enter, *sublayers, leave)
 
 
-def check_values(name: str, size: Size) -> float:
+def check_values(variant: str, size: Size) -> float:
     """The library's largest relative difference from the textbook, in float64 with random connections.
 
     Compared are the output and the gradients of the input and of every connection parameter.
     """
+    form, _, name = variant.rpartition("-")
     model = build_model(size).double()
-    converted = convert(copy.deepcopy(model), name)
+    converted = convert(copy.deepcopy(model), name, recompute=RECOMPUTE if form == "recompute" else 0)
     textbook = Textbook(model, converted)
     parameters = list(textbook.connections.parameters())
     with torch.no_grad():
@@ -146,85 +159,110 @@ def check_values(name: str, size: Size) -> float:
 
 
 def saved_bytes(trunk: nn.Module, tokens: Tensor) -> int:
-    """Bytes of the storages that autograd keeps for backward, each once, without the parameters."""
-    parameters = {p.untyped_storage().data_ptr() for p in trunk.parameters()}
-    kept = {}
+    """Bytes that live at the end of the forward pass for the sake of backward, without parameters and output.
 
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in parameters:
-            kept[storage.data_ptr()] = storage
-        return tensor.detach()
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        trunk(tokens)
-    return sum(storage.nbytes() for storage in kept.values())
-
-
-def step(trunk: nn.Module, tokens: Tensor, direction: Tensor) -> tuple[float, int]:
-    """Seconds of one forward and backward, and on CUDA the bytes it allocates at its peak."""
-    gc.collect()
-    if not tokens.is_cuda:
-        began = time.perf_counter()
-        trunk(tokens).backward(direction)
-        return time.perf_counter() - began, 0
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    start.record()
-    trunk(tokens).backward(direction)
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / 1e3, torch.cuda.max_memory_allocated() - before
+    The input counts where it is kept. Nothing is asked of autograd: what a closure or a module holds counts too.
+    """
+    with TensorMemory() as memory:
+        for tensor in (tokens, *trunk.parameters()):
+            tensor.detach()  # seen
+        before = memory.now
+        graph = trunk(tokens.clone()).grad_fn
+        kept = memory.now - before
+        del graph
+    return kept
 
 
-def measure(variants: list[str], rounds: int, size: Size, device: str, dtype: torch.dtype) -> list[dict[str, Any]]:
-    """One row per variant, the residual first."""
+def training_step(run: Callable[[Tensor], Tensor], trunk: nn.Module, tokens: Tensor, direction: Tensor) -> Step:
+    """Forward and backward through ``run``, which has the parameters of the trunk, as a function."""
+
+    def step() -> None:
+        run(tokens).backward(direction)
+        trunk.zero_grad()
+        tokens.grad = None
+
+    return step
+
+
+def measure(
+    variants: list[str], rounds: int, size: Size, device: str, dtype: torch.dtype, compiler: str | None = None
+) -> list[dict[str, Any]]:
+    """One row per variant, the residual first; with a compiler, of the compiled trunks too."""
     model = build_model(size)
     trunks = {variant: build_trunk(variant, model).to(device, dtype) for variant in ("residual", *variants)}
     tokens, direction = (torch.randn(size.batch, size.tokens, size.dim).to(device, dtype) for _ in range(2))
     tokens.requires_grad_()
     saved = {variant: saved_bytes(trunk, tokens) for variant, trunk in trunks.items()}
     parameters = {variant: sum(p.numel() for p in trunk.parameters()) for variant, trunk in trunks.items()}
-
-    order, steps = list(trunks), {variant: [] for variant in trunks}
-    for number in range(1 + rounds):  # the first one warms up
-        for variant in order if number % 2 else reversed(order):
-            taken = step(trunks[variant], tokens, direction)
-            trunks[variant].zero_grad()
-            tokens.grad = None
-            if number > 0:
-                steps[variant].append(taken)
-        order = order[3:] + order[:3]
+    steps = {(variant, False): training_step(trunk, trunk, tokens, direction) for variant, trunk in trunks.items()}
+    if compiler:
+        for variant, trunk in trunks.items():
+            compiled = torch.compile(trunk, dynamic=False, backend=compiler)
+            steps[variant, True] = training_step(compiled, trunk, tokens, direction)
+    peaks = {}
+    if device == "cuda":
+        for key, step in steps.items():
+            step()  # libraries allocate, the compiler works
+            before = torch.cuda.memory_allocated()
+            peaks[key] = peak_memory(step, device) - before
+    times = interleaved_times(steps, rounds, device, gc.collect)
 
     rows = []
     for variant in trunks:
-        ratios = [s / r for (s, _), (r, _) in zip(steps[variant], steps["residual"], strict=True)]
-        low, median, high = statistics.quantiles(ratios, n=4, method="inclusive") if rounds > 1 else ratios * 3
-        row = {"variant": variant, "time": median, "low": low, "high": high}
+        row = {"variant": variant, **beside(times, (variant, False), ("residual", False))}
         row["saved"] = saved[variant] / saved["residual"]
         row["parameters"] = parameters[variant] - parameters["residual"]
+        if compiler:
+            row["compiled"] = beside(times, (variant, True), ("residual", True))
+            row["compiled_to_eager"] = beside(times, (variant, True), (variant, False))
         if device == "cuda":
-            row["ms"] = statistics.median(s for s, _ in steps[variant]) * 1e3
-            row["peak_mib"] = max(peak for _, peak in steps[variant]) / 2**20
+            row["ms"] = statistics.median(times[variant, False]) * 1e3
+            row["peak_mib"] = peaks[variant, False] / 2**20
         rows.append(row)
     return rows
 
 
+def beside(times: dict[Any, list[float]], one: Any, other: Any) -> dict[str, Any]:
+    """The ratio of two of the steps that took turns, and its quartiles."""
+    return {key: value for key, value in compare(times[one], times[other], None, None).items() if value is not None}
+
+
+def spread(row: dict[str, Any]) -> str:
+    """1.07 x (1.06 - 1.08)"""
+    return "{ratio:.2f} x ({ratio_q1:.2f} - {ratio_q3:.2f})".format_map(row)
+
+
+def bar(most: float | None) -> str:
+    return "" if most is None else f"≤ {most:.2f}"
+
+
 def table(rows: list[dict[str, Any]]) -> str:
-    cuda = "ms" in rows[0]
-    lines = [f"{'variant':<14}{'step time':>10}   {'quartiles':<12}{'saved activations':>18}{'extra parameters':>18}"]
-    lines[0] += f"{'ms':>10}{'peak MiB':>10}" if cuda else ""
+    """The rows in Markdown."""
+    cuda, compiled = "ms" in rows[0], "compiled" in rows[0]
+    header = ["variant", "step time (quartiles)", "saved activations", "extra parameters"]
+    header[2:2], header[4:4] = ([] if cuda else ["bar"]), ["bar"]
+    header += ["compiled (quartiles)", "compiled / eager"] if compiled else []
+    header += ["ms", "peak MiB"] if cuda else []
+    lines = [header]
     for row in rows:
-        line = "{variant:<14}{time:>9.2f}x   {low:.2f} - {high:.2f} {saved:>17.2f}x{parameters:>18,}".format(**row)
-        lines.append(line + ("{ms:>10.2f}{peak_mib:>10.0f}".format(**row) if cuda else ""))
-    return "\n".join(lines)
+        time_bar, saved_bar = map(bar, BARS.get(row["variant"], (None, None)))
+        line = [row["variant"], spread(row), *([] if cuda else [time_bar])]
+        line += [f"{row['saved']:.2f} x", saved_bar, f"{row['parameters']:,}"]
+        line += [spread(row["compiled"]), spread(row["compiled_to_eager"])] if compiled else []
+        line += [f"{row['ms']:.2f}", f"{row['peak_mib']:.0f}"] if cuda else []
+        lines.append(line)
+    return "\n".join(markdown(lines))
 
 
 def variant_name(text: str) -> str:
-    if not re.fullmatch(r"((textbook-)?[sd]|peer-d)[hf]c[1-9]\d*", text):
+    if not re.fullmatch(r"((textbook-|recompute-)?[sd]|peer-d)[hf]c[1-9]\d*", text):
         raise ValueError(text)
     return text
+
+
+def library_form(variant: str) -> str:
+    """What of the library goes with a variant: ``recompute-dhc4`` itself, ``dhc4`` for every other form of it."""
+    return variant if variant.startswith("recompute-") else variant.rpartition("-")[2]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -235,11 +273,16 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument(
+        "--compile", nargs="?", const="inductor", metavar="BACKEND", help="measure compiled trunks too (by inductor)"
+    )
     parser.add_argument("--json", type=Path, help="write the rows there too")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
+    if args.device == "cpu":
+        keep_freed_memory()
 
-    for name in dict.fromkeys(variant.rpartition("-")[2] for variant in args.variants):
+    for name in dict.fromkeys(map(library_form, args.variants)):
         difference = check_values(name, SMALL)
         if not difference <= TOLERANCE:
             sys.exit(f"{name} is wrong: {difference:.1e} from the textbook in float64, {TOLERANCE:.0e} is allowed")
@@ -247,7 +290,8 @@ def main(argv: list[str] | None = None) -> None:
     if peer is None:
         print("hyper-connections is not installed, so that no peer is measured")
     variants = [variant for variant in args.variants if peer or not variant.startswith("peer-")]
-    rows = measure(variants, args.rounds, FULL._replace(batch=args.batch), args.device, getattr(torch, args.dtype))
+    size = FULL._replace(batch=args.batch)
+    rows = measure(variants, args.rounds, size, args.device, getattr(torch, args.dtype), args.compile)
     print(table(rows))
     if args.json:
         args.json.write_text(json.dumps({**vars(args), "json": str(args.json), "rows": rows}, indent=2) + "\n")

@@ -28,8 +28,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hcvision import kernels
+
 KINDS = ("shc", "dhc", "sfc", "dfc")
 ARRANGEMENTS = ("sequential", "parallel")
+BACKENDS = ("auto", "torch", "triton")
+
+Rule = Tuple[
+    Tensor, Tensor, Optional[Tensor], Optional[Tensor], Optional[Tensor], Optional[Tensor], Optional[Tensor]
+]
+Options = Tuple[bool, bool, bool, str]
 
 
 def parse_connection(name: str) -> tuple[str, int]:
@@ -55,8 +63,8 @@ def build_connection(name: str, dim: int, layer_index: int = 0, **options) -> "C
         name: ``residual``, or static/dynamic + hyper/frac + rate: ``shc2``, ``dhc4``, ``sfc2``, ``dfc4``.
         dim: width of the model (timm's embed_dim).
         layer_index: index of the sub-layer, counted from 0 over attention and MLP alike.
-        **options: keyword arguments of the class: ``tanh``, ``norm``, ``device``, ``dtype``, and for
-            hyper-connections ``arrangement``. ``residual`` has no parameter and ignores them.
+        **options: keyword arguments of the class: ``tanh``, ``norm``, ``backend``, ``device``, ``dtype``, and
+            for hyper-connections ``arrangement``. ``residual`` has no parameter and ignores them.
 
     Raises:
         ValueError: an unknown name, a dim that the frac rate does not divide, an option out of range.
@@ -128,6 +136,9 @@ class Connection(nn.Module):
     def carry(self, x: Tensor, carried: Any) -> Any:
         raise NotImplementedError
 
+    def join(self, branch_output: Tensor, carried: Any) -> Tuple[Tensor, Any]:
+        raise NotImplementedError
+
 
 class Residual(Connection):
     """The residual add itself, ``x + branch(x)`` on (..., dim), without a parameter."""
@@ -152,6 +163,10 @@ class Residual(Connection):
     def carry(self, x: Tensor, carried: Tensor) -> Tensor:
         """x."""
         return split_streams(x, 1, self.dim).squeeze(-2)
+
+    def join(self, branch_output: Tensor, carried: Tensor) -> Tuple[Tensor, Tensor]:
+        """The add of the sub-layer before, and what this one reads."""
+        return self.width_connection(self.depth_connection(branch_output, carried))
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}"
@@ -186,10 +201,14 @@ class StreamConnection(Connection):
         dynamic: bool,
         tanh: bool,
         norm: bool,
+        backend: str,
         device: torch.device | str | None,
         dtype: torch.dtype | None,
     ):
+        if backend not in BACKENDS:
+            raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
         super().__init__(dim, rate, views)
+        self.backend = backend
         self.rate, self.layer_index = rate, layer_index
         self.dynamic, self.tanh, self.norm = dynamic, tanh, norm
         self.stream_dim, mixtures = dim // views, views + rate
@@ -223,6 +242,22 @@ class StreamConnection(Connection):
         if self.norm_weight is not None:
             self.norm_weight.fill_(1.0)
 
+    def rule(self) -> Rule:
+        """The parameters, for the functions below."""
+        return (
+            self.static_alpha,
+            self.static_beta,
+            self.dynamic_alpha_fn,
+            self.dynamic_beta_fn,
+            self.dynamic_alpha_scale,
+            self.dynamic_beta_scale,
+            self.norm_weight,
+        )
+
+    def options(self) -> Options:
+        """norm, center, tanh and backend."""
+        return self.norm, self.center_norm, self.tanh, self.backend
+
     def weights(self, x: Tensor) -> Tuple[Tensor, Tensor]:
         """What the connection does with x, in float32 at least.
 
@@ -237,10 +272,10 @@ class StreamConnection(Connection):
         Raises:
             ValueError: x is not S*E wide.
         """
-        _, alpha, beta = self.width_connection(x)[1]
+        _, alpha, beta, _ = self.width_connection(x)[1]
         return alpha, beta
 
-    def width_connection(self, x: Tensor) -> Tuple[Tensor, Tuple[Tensor, Tensor, Tensor]]:
+    def width_connection(self, x: Tensor) -> Tuple[Tensor, Tuple[Tensor, Tensor, Tensor, Tensor]]:
         """First step: the branch input, and what the second step makes the carried streams of.
 
         Args:
@@ -249,28 +284,18 @@ class StreamConnection(Connection):
         Returns:
             The branch input, (..., V*E), in the dtype of x, and the carried streams for
             ``depth_connection``, which forms them: the streams (..., S, E), alpha (..., S, V+S) and beta
-            (..., S), the coefficients in float32 at least. These streams are to be handed on as they are:
-            their gradient stands for that of the carried ones.
+            (..., S), the coefficients in float32 at least, and the link (..., S, E), which stands for the
+            carried streams in the graph of gradients.
 
         Raises:
-            ValueError: x is not S*E wide.
+            ValueError: x is not S*E wide, or backend ``triton`` cannot take it.
         """
-        view, streams, alpha, beta = width_connection(
-            split_streams(x, self.streams, self.stream_dim),
-            self.static_alpha,
-            self.static_beta,
-            self.dynamic_alpha_fn,
-            self.dynamic_beta_fn,
-            self.dynamic_alpha_scale,
-            self.dynamic_beta_scale,
-            self.norm_weight,
-            self.norm,
-            self.center_norm,
-            self.tanh,
+        view, streams, alpha, beta, link = width_connection(
+            split_streams(x, self.streams, self.stream_dim), self.rule(), self.options()
         )
-        return view, (streams, alpha, beta)
+        return view, (streams, alpha, beta, link)
 
-    def depth_connection(self, branch_output: Tensor, carried: Tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    def depth_connection(self, branch_output: Tensor, carried: Tuple[Tensor, Tensor, Tensor, Tensor]) -> Tensor:
         """Second step: the next streams. The carried streams are formed here, and only here.
 
         Args:
@@ -283,17 +308,43 @@ class StreamConnection(Connection):
         Raises:
             ValueError: branch_output is not shaped like the branch input.
         """
-        streams, alpha, beta = carried
-        return depth_connection(streams, split_output(branch_output, streams, self.views), alpha, beta)
+        streams, alpha, beta, link = carried
+        output = split_output(branch_output, streams, self.views)
+        return depth_connection(streams, output, alpha, beta, link, self.backend)
 
-    def carry(self, x: Tensor, carried: Tuple[Tensor, Tensor, Tensor]) -> Tuple[Tensor, Tensor, Tensor]:
+    def join(
+        self, branch_output: Tensor, carried: Tuple[Tensor, Tensor, Tensor, Tensor]
+    ) -> Tuple[Tensor, Tuple[Tensor, Tensor, Tensor, Tensor]]:
+        """The second step of the sub-layer before, and the first step of this one: in one pass where kernels run.
+
+        Args:
+            branch_output: of the sub-layer before, (..., V*E).
+            carried: what its ``width_connection`` returned beside the branch input.
+
+        Returns:
+            What ``width_connection`` returns for the next streams.
+
+        Raises:
+            ValueError: branch_output is not shaped like the branch input.
+        """
+        streams, alpha, beta, link = carried
+        output = split_output(branch_output, streams, alpha.shape[-1] - alpha.shape[-2])
+        view, streams, alpha, beta, link = join_connections(
+            streams, output, alpha, beta, link, self.rule(), self.options()
+        )
+        return view, (streams, alpha, beta, link)
+
+    def carry(
+        self, x: Tensor, carried: Tuple[Tensor, Tensor, Tensor, Tensor]
+    ) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
         """Between the steps, for blocks that scale x in their add: carry these streams, (..., S*E), instead.
 
         Raises:
             ValueError: x is not S*E wide.
         """
-        _, alpha, beta = carried
-        return carry_streams(split_streams(x, self.streams, self.stream_dim), alpha), alpha, beta
+        _, alpha, beta, _ = carried
+        streams = split_streams(x, self.streams, self.stream_dim)
+        return streams, alpha, beta, carry_streams(streams, alpha)
 
     def extra_repr(self) -> str:
         options = "".join(f", {name}=False" for name in ("tanh", "norm") if not getattr(self, name))
@@ -316,9 +367,11 @@ class HyperConnection(StreamConnection):
         norm: normalise the streams before the dynamic projection.
         arrangement: ``sequential``, or ``parallel``: sub-layers start out in groups of n that read
             the same input (HC fig. 4, eq. 53-55).
+        backend: ``torch``; ``triton``, the kernels of ``hcvision.kernels``, which raise where they cannot run;
+            or ``auto``, which takes them for CUDA tensors that they can take.
 
     Raises:
-        ValueError: rate < 1, layer_index < 0, an unknown arrangement.
+        ValueError: rate < 1, layer_index < 0, an unknown arrangement or backend.
     """
 
     def __init__(
@@ -331,6 +384,7 @@ class HyperConnection(StreamConnection):
         tanh: bool = True,
         norm: bool = True,
         arrangement: str = "sequential",
+        backend: str = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
@@ -338,7 +392,7 @@ class HyperConnection(StreamConnection):
         check_count("layer_index", layer_index, 0)
         if arrangement not in ARRANGEMENTS:
             raise ValueError(f"arrangement must be one of {', '.join(ARRANGEMENTS)}, got {arrangement!r}")
-        super().__init__(dim, rate, 1, layer_index, dynamic, tanh, norm, device, dtype)
+        super().__init__(dim, rate, 1, layer_index, dynamic, tanh, norm, backend, device, dtype)
         self.arrangement = arrangement
         self.reset_parameters()
 
@@ -368,9 +422,10 @@ class FracConnection(StreamConnection):
         dynamic: weights depend on the input (DFC) or not (SFC).
         tanh: squash the dynamic part.
         norm: normalise the streams before the dynamic projection.
+        backend: ``torch``, ``triton`` or ``auto``; see ``HyperConnection``.
 
     Raises:
-        ValueError: rate < 1, layer_index < 0, or a dim that the rate does not divide.
+        ValueError: rate < 1, layer_index < 0, a dim that the rate does not divide, an unknown backend.
     """
 
     center_norm = False
@@ -384,6 +439,7 @@ class FracConnection(StreamConnection):
         dynamic: bool = True,
         tanh: bool = True,
         norm: bool = True,
+        backend: str = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
@@ -394,7 +450,7 @@ class FracConnection(StreamConnection):
             raise ValueError(
                 f"dim must be divisible by the frac rate, got dim={dim} and rate={rate} (rates that fit: {fitting})"
             )
-        super().__init__(dim, rate, rate, layer_index, dynamic, tanh, norm, device, dtype)
+        super().__init__(dim, rate, rate, layer_index, dynamic, tanh, norm, backend, device, dtype)
         self.reset_parameters()
 
     def initial_weights(self) -> tuple[Tensor, Tensor]:
@@ -449,53 +505,33 @@ def split_output(branch_output: Tensor, streams: Tensor, views: int) -> Tensor:
 
 @torch.fx.wrap
 def width_connection(
-    streams: Tensor,
-    static_alpha: Tensor,
-    static_beta: Tensor,
-    dynamic_alpha_fn: Optional[Tensor],
-    dynamic_beta_fn: Optional[Tensor],
-    dynamic_alpha_scale: Optional[Tensor],
-    dynamic_beta_scale: Optional[Tensor],
-    norm_weight: Optional[Tensor],
-    norm: bool,
-    center: bool,
-    tanh: bool,
-) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The branch input (..., V*E) of streams (..., S, E), and the carried streams in three parts.
+    streams: Tensor, rule: Rule, options: Options
+) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The branch input (..., V*E) of streams (..., S, E), and the carried streams in four parts.
 
-    These are the streams (..., S, E), alpha (..., S, V+S) and beta (..., S). The parameters are those of
-    ``StreamConnection``.
+    These are the streams (..., S, E), alpha (..., S, V+S), beta (..., S) and the link (..., S, E). The
+    parameters and options are those of ``StreamConnection``.
     """
-    dtype = torch.promote_types(streams.dtype, torch.float32)
-    static = torch.cat([static_alpha, static_beta[:, None]], dim=1).to(dtype)
-    rows: Optional[Tensor] = None  # the projections, a row each
-    scale: Optional[Tensor] = None
-    if (
-        dynamic_alpha_fn is not None
-        and dynamic_beta_fn is not None
-        and dynamic_alpha_scale is not None
-        and dynamic_beta_scale is not None
-    ):
-        rows = torch.cat([dynamic_alpha_fn.mT, dynamic_beta_fn.mT]).to(dtype)
-        scale = torch.cat([dynamic_alpha_scale.expand(rows.shape[0] - 1), dynamic_beta_scale]).to(dtype)
-        if norm_weight is not None:
-            rows = rows * norm_weight.to(dtype)
-        if center and norm:
-            rows = rows - rows.mean(1, keepdim=True)  # (H - mean(H)) @ row = H @ (row - mean(row))
+    norm, center, tanh, backend = options
+    static, rows, scale = _prepare(rule, center and norm, streams.dtype)
     if torch.jit.is_scripting():
         views, alpha, beta, _ = _read(streams, static, rows, scale, norm, center, tanh)
+        link = streams
     else:
         with _no_autocast(streams.device.type):
-            if _plain():
+            if _takes_kernels(streams, backend):
+                views, alpha, beta, link = kernels.width(streams, static, rows, scale, norm, center, tanh)
+            elif _plain():
                 views, alpha, beta, _ = _read(streams, static, rows, scale, norm, center, tanh)
+                link = streams
             else:
-                views, streams, alpha, beta, _ = _Width.apply(streams, static, rows, scale, norm, center, tanh)
-    return views.flatten(-2).to(streams.dtype), streams, alpha, beta
+                views, link, alpha, beta, _ = _Width.apply(streams, static, rows, scale, norm, center, tanh)
+    return views.flatten(-2).to(streams.dtype), streams, alpha, beta, link
 
 
 @torch.fx.wrap
 def carry_streams(streams: Tensor, alpha: Tensor) -> Tensor:
-    """Streams (..., S, E) as ``depth_connection`` takes them, where they are not those that were read."""
+    """The link of streams (..., S, E) that are to be carried, where they are not those that were read."""
     if torch.jit.is_scripting():
         return streams
     else:
@@ -503,16 +539,68 @@ def carry_streams(streams: Tensor, alpha: Tensor) -> Tensor:
 
 
 @torch.fx.wrap
-def depth_connection(streams: Tensor, output: Tensor, alpha: Tensor, beta: Tensor) -> Tensor:
-    """The next streams (..., S*E) from the branch output (..., V, E) and the three parts of the carried streams."""
-    alpha = alpha[..., alpha.shape[-1] - alpha.shape[-2] :]
+def depth_connection(
+    streams: Tensor, output: Tensor, alpha: Tensor, beta: Tensor, link: Tensor, backend: str
+) -> Tensor:
+    """The next streams (..., S*E) from the branch output (..., V, E) and the four parts of the carried streams."""
+    carried = alpha[..., alpha.shape[-1] - alpha.shape[-2] :]
     if torch.jit.is_scripting():
-        mixed = _mix(streams, alpha, output, beta)
+        mixed = _mix(streams, carried, output, beta)
     else:
         with _no_autocast(streams.device.type):
-            apply = _mix if _plain() else _Depth.apply
-            mixed = apply(streams, alpha if _plain() else alpha.detach(), output, beta)
+            if _takes_kernels(streams, backend):
+                mixed = kernels.depth(link, streams.detach(), output.to(streams.dtype), alpha.detach(), beta)
+            elif _plain():
+                mixed = _mix(streams, carried, output, beta)
+            else:
+                mixed = _Depth.apply(link, carried.detach(), output, beta)
     return mixed.flatten(-2).to(streams.dtype)
+
+
+@torch.fx.wrap
+def join_connections(
+    streams: Tensor, output: Tensor, alpha: Tensor, beta: Tensor, link: Tensor, rule: Rule, options: Options
+) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """``depth_connection``, and ``width_connection`` of the streams that it gives, with the next rule."""
+    norm, center, tanh, backend = options
+    if torch.jit.is_scripting():
+        pass
+    elif _takes_kernels(streams, backend):
+        static, rows, scale = _prepare(rule, center and norm, streams.dtype)
+        output = output.to(streams.dtype)
+        streams, views, alpha, beta, link = kernels.join(
+            link, streams.detach(), output, alpha.detach(), beta, static, rows, scale, norm, center, tanh
+        )
+        return views.flatten(-2), streams, alpha, beta, link
+    x = depth_connection(streams, output, alpha, beta, link, backend)
+    return width_connection(x.unflatten(-1, (streams.shape[-2], streams.shape[-1])), rule, options)
+
+
+def _prepare(rule: Rule, center: bool, dtype: torch.dtype) -> Tuple[Tensor, Optional[Tensor], Optional[Tensor]]:
+    """Static alpha and beta (S, V+S+1), the dynamic projections as rows (V+S+1, E), and their scales (V+S+1,)."""
+    static_alpha, static_beta, alpha_fn, beta_fn, alpha_scale, beta_scale, norm_weight = rule
+    dtype = torch.promote_types(dtype, torch.float32)
+    static = torch.cat([static_alpha, static_beta[:, None]], dim=1).to(dtype)
+    if alpha_fn is None or beta_fn is None or alpha_scale is None or beta_scale is None:
+        return static, None, None
+    rows = torch.cat([alpha_fn.mT, beta_fn.mT]).to(dtype)
+    scale = torch.cat([alpha_scale.expand(rows.shape[0] - 1), beta_scale]).to(dtype)
+    if norm_weight is not None:
+        rows = rows * norm_weight.to(dtype)
+    if center:
+        rows = rows - rows.mean(1, keepdim=True)  # (H - mean(H)) @ row = H @ (row - mean(row))
+    return static, rows, scale
+
+
+def _takes_kernels(streams: Tensor, backend: str) -> bool:
+    if backend == "torch" or torch.jit.is_tracing() or torch.compiler.is_exporting():
+        return False
+    if backend == "auto" and not streams.is_cuda:
+        return False
+    why_not = kernels.why_not(streams)
+    if why_not and backend == "triton":
+        raise ValueError(f"backend='triton' cannot run the kernels: {why_not}; backend='auto' takes PyTorch there")
+    return not why_not
 
 
 def _plain() -> bool:

@@ -54,8 +54,9 @@ class ConnectedBlock:
 
         x = expand_streams(x, self.entry_rate)
         view, carried = self.connection1.width_connection(x)
-        x = self.connection1.depth_connection(self.branch1(view, rope), carried)
-        ...                                                     # branch2, ...
+        view, carried = self.connection2.join(self.branch1(view, rope), carried)
+        ...                                                     # branch3, ...
+        x = self.connection2.depth_connection(self.branch2(view), carried)
         return reduce_streams(x, self.exit_rate)
 
     Tensors are channels last here, whatever they are outside (``channels_first``). A block that
@@ -107,10 +108,15 @@ def _compose(mixin: type[ConnectedBlock]) -> Callable:
         own = list(inspect.signature(getattr(mixin, f"branch{k}")).parameters.values())[2:]
         extras.update((parameter.name, parameter) for parameter in own)
         arguments = ", ".join(["view", *(parameter.name for parameter in own)])
-        lines.append(f"    view, carried = self.connection{k}.width_connection(x)")
+        is_joined = k < mixin.adds and not hasattr(mixin, f"carry{k + 1}")
+        if k == 1 or hasattr(mixin, f"carry{k}"):
+            lines.append(f"    view, carried = self.connection{k}.width_connection(x)")
         if hasattr(mixin, f"carry{k}"):
             lines.append(f"    carried = self.connection{k}.carry(self.carry{k}(x), carried)")
-        lines.append(f"    x = self.connection{k}.depth_connection(self.branch{k}({arguments}), carried)")
+        if is_joined:
+            lines.append(f"    view, carried = self.connection{k + 1}.join(self.branch{k}({arguments}), carried)")
+        else:
+            lines.append(f"    x = self.connection{k}.depth_connection(self.branch{k}({arguments}), carried)")
     lines += [
         "    x = reduce_streams(x, self.exit_rate)",
         "    return x.movedim(-1, 1) if self.channels_first else x",

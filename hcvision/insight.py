@@ -32,7 +32,7 @@ from hcvision.prediction import find_checkpoint, load_module, run_config, run_da
 from hcvision.runs import checkpoint_folder, is_first_process, pick_device, write_csv
 from hcvision.training import TimmModule
 
-STEPS = ("width_connection", "depth_connection")
+STEPS = ("width_connection", "depth_connection", "join")
 QUANTILES = (0.05, 0.5, 0.95)
 OURS, TWIN = "#00798c", "#444444"
 COLORS = ("#00798c", "#d1495b", "#edae49", "#66a182", "#8d5b9e", "#2e4057", "#e07a1f", "#5fa8d3")
@@ -77,7 +77,7 @@ def watch(blocks: Iterable[Any], note: Callable[[Passage], None]) -> Iterator[No
             for k, connection in enumerate(own):
                 enters, leaves = k == 0 and block.entry_rate > 1, k == len(own) - 1 and block.exit_rate > 1
                 before.append((connection, {name: vars(connection).get(name) for name in STEPS}))
-                _wrap(connection, note, enters, leaves)
+                _wrap(connection, own[k - 1] if k else None, note, enters, leaves)
         yield
     finally:
         for connection, steps in reversed(before):
@@ -87,7 +87,7 @@ def watch(blocks: Iterable[Any], note: Callable[[Passage], None]) -> Iterator[No
                     vars(connection)[name] = step
 
 
-def _wrap(connection: Any, note: Callable[[Passage], None], enters: bool, leaves: bool) -> None:
+def _wrap(connection: Any, previous: Any, note: Callable[[Passage], None], enters: bool, leaves: bool) -> None:
     width, depth, size = connection.width_connection, connection.depth_connection, connection.dim // connection.views
     before: list[tuple[Tensor, Tensor]] = []
 
@@ -107,7 +107,10 @@ def _wrap(connection: Any, note: Callable[[Passage], None], enters: bool, leaves
         note(Passage(Mixing(alpha.detach(), beta.detach(), enters, leaves), *parts))
         return after
 
-    vars(connection).update(zip(STEPS, (width_connection, depth_connection), strict=True))
+    def join(branch_output: Tensor, carried: Any) -> Any:
+        return width_connection(previous.depth_connection(branch_output, carried))
+
+    vars(connection).update(zip(STEPS, (width_connection, depth_connection, join), strict=True))
 
 
 def connections_of(block: nn.Module) -> list[Any]:

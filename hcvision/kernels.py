@@ -91,12 +91,29 @@ if triton is not None:
         return rows
 
     @triton.jit
+    def _load_row(base, e, E: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr):
+        """One vector for all tokens, (BT, BC): each warp loads it for itself, so that none waits for another."""
+        at = tl.broadcast_to(e[None, :], [BT, BC])
+        return tl.load(base + at, mask=at < E, other=0.0)
+
+    @triton.jit
     def _load_numbers(base, first, mask, NUMBER: tl.constexpr):
         """NUMBER neighbouring numbers of each token, (BT,) each."""
         numbers = ()
         for i in tl.static_range(NUMBER):
             numbers = numbers + (tl.load(base + first + i, mask=mask, other=0.0),)
         return numbers
+
+    @triton.jit
+    def _put(tile, number, place: tl.constexpr, W: tl.constexpr):
+        """Number (BT,) into a column of a tile (BT, W), which is stored whole: single stores would leave the warp."""
+        return tl.where((tl.arange(0, W) == place)[None, :], number[:, None], tile)
+
+    @triton.jit
+    def _store_tile(base, tile, t, there, NUMBER: tl.constexpr, W: tl.constexpr):
+        """The first NUMBER columns of a tile (BT, W), token by token."""
+        column = tl.arange(0, W)[None, :]
+        tl.store(base + t[:, None] * NUMBER + column, tile, mask=there[:, None] & (column < NUMBER))
 
     @triton.jit
     def _inverse_deviation(square, total, E: tl.constexpr, CENTER: tl.constexpr):
@@ -113,7 +130,7 @@ if triton is not None:
         S: tl.constexpr, V: tl.constexpr, E: tl.constexpr,
         DEPTH: tl.constexpr, WIDTH: tl.constexpr, DYNAMIC: tl.constexpr,
         NORM: tl.constexpr, CENTER: tl.constexpr, TANH: tl.constexpr,
-        BT: tl.constexpr, BC: tl.constexpr, LANES: tl.constexpr,
+        BT: tl.constexpr, BC: tl.constexpr, LANES: tl.constexpr, W: tl.constexpr,
     ):  # fmt: skip
         """DEPTH: following = beta * output + alpha_r^T streams. WIDTH: views and coefficients of what is there then."""
         K: tl.constexpr = V + S + 1
@@ -144,7 +161,7 @@ if triton is not None:
             if WIDTH and DYNAMIC:
                 sums = ()
                 for k in tl.static_range(K):
-                    row = tl.load(rows + k * E + e, mask=e < E, other=0.0)[None, :]
+                    row = _load_row(rows + k * E, e, E, BT, BC)
                     for i in tl.static_range(S):
                         sums = sums + (projected[k * S + i] + _lane_sums(h[i] * row, BT, BC, LANES),)
                 projected = sums
@@ -160,6 +177,8 @@ if triton is not None:
                         total = totals
         if WIDTH:
             read = ()
+            alphas = tl.zeros([BT, W], tl.float32)
+            betas = tl.zeros([BT, LANES], tl.float32)
             for i in tl.static_range(S):
                 if DYNAMIC and NORM:
                     rstd = _inverse_deviation(tl.sum(square[i], axis=1), tl.sum(total[i], axis=1), E, CENTER)
@@ -175,9 +194,11 @@ if triton is not None:
                     if k < V:
                         read = read + (number,)
                     if k < V + S:
-                        tl.store(new_alpha + t * (S * (V + S)) + i * (V + S) + k, number, mask=there)
+                        alphas = _put(alphas, number, i * (V + S) + k, W)
                     else:
-                        tl.store(new_beta + t * S + i, number, mask=there)
+                        betas = _put(betas, number, i, LANES)
+            _store_tile(new_alpha, alphas, t, there, S * (V + S), W)
+            _store_tile(new_beta, betas, t, there, S, LANES)
             if DEPTH:
                 tl.debug_barrier()
             for start in range(0, E, BC):
@@ -199,7 +220,7 @@ if triton is not None:
         S: tl.constexpr, V: tl.constexpr, E: tl.constexpr,
         DEPTH: tl.constexpr, WIDTH: tl.constexpr, DYNAMIC: tl.constexpr,
         NORM: tl.constexpr, CENTER: tl.constexpr, TANH: tl.constexpr, HAS_GRAD_ALPHA: tl.constexpr,
-        BT: tl.constexpr, BC: tl.constexpr, LANES: tl.constexpr,
+        BT: tl.constexpr, BC: tl.constexpr, LANES: tl.constexpr, W: tl.constexpr,
     ):  # fmt: skip
         """WIDTH: to the streams, from views, carried streams and coefficients. DEPTH: on to output and beta before it.
 
@@ -230,7 +251,7 @@ if triton is not None:
                     if DYNAMIC:
                         sums = ()
                         for k in tl.static_range(K):
-                            row = tl.load(rows + k * E + e, mask=e < E, other=0.0)[None, :]
+                            row = _load_row(rows + k * E, e, E, BT, BC)
                             for i in tl.static_range(S):
                                 sums = sums + (projected[k * S + i] + _lane_sums(h[i] * row, BT, BC, LANES),)
                         projected = sums
@@ -244,6 +265,8 @@ if triton is not None:
                                 for i in tl.static_range(S):
                                     totals = totals + (total[i] + _lane_sums(h[i], BT, BC, LANES),)
                                 total = totals
+                grads = tl.zeros([BT, W], tl.float32)
+                dynamic_parts = tl.zeros([BT, W], tl.float32)
                 coefficients = ()  # alpha, (S, V + S)
                 back = ()  # what goes back through the rows, (S, K)
                 along = ()  # what goes back through the norm, (S,)
@@ -264,8 +287,7 @@ if triton is not None:
                                 grad += tl.load(grad_alpha + place, mask=there, other=0.0)
                         else:
                             grad = tl.load(grad_beta + t * S + i, mask=there, other=0.0)
-                        at_k = t * (S * K) + i * K + k
-                        tl.store(grad_coefficients + at_k, grad, mask=there)
+                        grads = _put(grads, grad, i * K + k, W)
                         number = tl.zeros([BT], tl.float32) + tl.load(static + i * K + k)
                         if DYNAMIC:
                             factor = tl.load(scale + k)
@@ -273,7 +295,7 @@ if triton is not None:
                             dynamic = raw
                             if TANH:
                                 dynamic = _tanh(raw)
-                            tl.store(dynamics + at_k, dynamic, mask=there)
+                            dynamic_parts = _put(dynamic_parts, dynamic, i * K + k, W)
                             number += factor * dynamic
                             grad = grad * factor
                             if TANH:
@@ -284,6 +306,9 @@ if triton is not None:
                             coefficients = coefficients + (number,)
                     if DYNAMIC and NORM:
                         along = along + (-rstd * rstd * inner / E,)
+                _store_tile(grad_coefficients, grads, t, there, S * K, W)
+                if DYNAMIC:
+                    _store_tile(dynamics, dynamic_parts, t, there, S * K, W)
             if DEPTH:
                 write = _load_numbers(old_beta, t * S, there, S)
                 taken = _zeros(S, BT, LANES)
@@ -308,7 +333,7 @@ if triton is not None:
                         to_streams = to_streams + (new,)
                     if DYNAMIC:
                         for k in tl.static_range(K):
-                            row = tl.load(rows + k * E + e, mask=e < E, other=0.0)[None, :]
+                            row = _load_row(rows + k * E, e, E, BT, BC)
                             of_row = back[k][:, None] * h[0]
                             added = (to_streams[0] + back[k][:, None] * row,)
                             for i in tl.static_range(1, S):
@@ -338,17 +363,25 @@ if triton is not None:
                         place = grad_output + t[:, None] * (V * E) + v * E + e[None, :]
                         tl.store(place, new.to(grad_output.dtype.element_ty), mask=mask)
             if DEPTH:
+                betas = tl.zeros([BT, LANES], tl.float32)
                 for i in tl.static_range(S):
-                    tl.store(grad_old_beta + t * S + i, tl.sum(taken[i], axis=1), mask=there)
+                    betas = _put(betas, tl.sum(taken[i], axis=1), i, LANES)
+                _store_tile(grad_old_beta, betas, t, there, S, LANES)
             if WIDTH and DYNAMIC:
                 tl.debug_barrier()  # before the next tile adds to the program's rows
 
 
-def tile_sizes(E: int, itemsize: int, streams: int) -> tuple[int, int]:
-    """Tokens and columns of a tile: a warp has a token, a lane loads 16 bytes, or 8 where there are many streams."""
-    columns = LANES * (16 if streams <= 4 else 8) // itemsize
-    needed = 1 << max(E - 1, LANES - 1).bit_length()
-    return 4, min(columns, needed)
+def tile_sizes(S: int, V: int, E: int, itemsize: int) -> dict[str, int]:
+    """The tile of a program: BT tokens, a warp each, by BC columns, of which a lane loads 16 bytes, or 8 of many streams.
+
+    W is how wide a tile is that holds a token's coefficients, LANES how many lanes a warp has.
+    """
+    columns = LANES * (16 if S <= 4 else 8) // itemsize
+
+    def power(number: int) -> int:
+        return max(LANES, 1 << (number - 1).bit_length())
+
+    return {"BT": 4, "BC": min(columns, power(E)), "LANES": LANES, "W": power(S * (V + S + 1)), "num_warps": 4}
 
 
 def _programs(tiles: int, device: torch.device) -> int:
@@ -384,15 +417,15 @@ def _forward(
     following = torch.empty(streams.shape if depth else (0,), dtype=streams.dtype, device=streams.device)
     new_views, new_alpha, new_beta = _forward_outputs(streams, views) if width else (following,) * 3
     if T and E:
-        BT, BC = tile_sizes(E, streams.element_size(), S)
+        tile = tile_sizes(S, V, E, streams.element_size())
         written = (following, new_views, new_alpha, new_beta)
         tensors = [streams.contiguous(), output, alpha, beta, static, rows, scale, *written]
         options = {
             "S": S, "V": V, "E": E, "DEPTH": depth is not None, "WIDTH": width is not None,
             "DYNAMIC": rows is not None, "NORM": norm, "CENTER": center, "TANH": tanh,
-            "BT": BT, "BC": BC, "LANES": min(LANES, BC), "num_warps": BT,
+            **tile,
         }  # fmt: skip
-        _launch(_forward_kernel, triton.cdiv(T, BT), tensors, [T], options)
+        _launch(_forward_kernel, triton.cdiv(T, tile["BT"]), tensors, [T], options)
     assert new_views.shape[:-2] == lead or not width
     return following, new_views, new_alpha, new_beta
 
@@ -423,8 +456,8 @@ def _backward(
         streams, grad_views, grad_alpha, grad_beta, static, rows, scale, norm, center, tanh = width
         streams, grad_views, grad_beta = streams.contiguous(), grad_views.contiguous(), grad_beta.contiguous()
         grad_alpha = None if grad_alpha is None else grad_alpha.contiguous()
-    BT, BC = tile_sizes(E, grad_carried.element_size(), S)
-    tiles = -(-T // BT)
+    tile = tile_sizes(S, V, E, grad_carried.element_size())
+    tiles = -(-T // tile["BT"])
     programs = _programs(tiles, device) if rows is not None else tiles
     grad_streams = torch.empty_like(streams) if streams is not None else grad_carried
     grad_output = torch.empty_like(output) if output is not None else None
@@ -443,7 +476,7 @@ def _backward(
             "S": S, "V": V, "E": E, "DEPTH": depth is not None, "WIDTH": width is not None,
             "DYNAMIC": rows is not None, "NORM": norm, "CENTER": center, "TANH": tanh,
             "HAS_GRAD_ALPHA": grad_alpha is not None,
-            "BT": BT, "BC": BC, "LANES": min(LANES, BC), "num_warps": BT,
+            **tile,
         }  # fmt: skip
         _launch(_backward_kernel, programs, tensors, [T, tiles], options)
     grads: list[Tensor] = []

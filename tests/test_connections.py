@@ -479,7 +479,7 @@ def test_autocast_changes_nothing(name, dtype):
             views, carried = connection.width_connection(x)
             out = connection.depth_connection(views.sin(), carried)
             out.float().square().sum().backward()
-        return views, *carried[1:], out, x.grad, *(p.grad for p in connection.parameters())
+        return views, *carried[1:3], out, x.grad, *(p.grad for p in connection.parameters())
 
     plain, under = run(False), run(True)
     assert plain[1].dtype == torch.float32
@@ -512,7 +512,7 @@ def test_bfloat16(name):
 
     views, carried = low.width_connection(x)
     views_high, carried_high = high.width_connection(x_high)
-    for one, other in zip(carried[1:], carried_high[1:], strict=True):
+    for one, other in zip(carried[1:3], carried_high[1:3], strict=True):
         assert one.dtype == torch.float32
         assert torch.equal(one, other)
     close(views, views_high)
