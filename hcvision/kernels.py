@@ -66,6 +66,23 @@ if triton is not None:
         """(BT, BC) -> (BT, LANES): what each lane adds up by itself; the lanes are added up once, at the end."""
         return tl.sum(tl.reshape(x, [BT, LANES, BC // LANES]), axis=2)
 
+    if INTERPRETED:
+
+        @triton.jit
+        def _cast(x, dtype: tl.constexpr):
+            """float32 to a stream's type. Triton's interpreter cuts bfloat16 off, where a GPU rounds to even."""
+            if dtype == tl.bfloat16:
+                bits = x.to(tl.int32, bitcast=True)
+                x = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000).to(tl.float32, bitcast=True)
+            return x.to(dtype)
+
+    else:
+
+        @triton.jit
+        def _cast(x, dtype: tl.constexpr):
+            """float32 to a stream's type."""
+            return x.to(dtype)
+
     @triton.jit
     def _tanh(x):
         """In float32: a series near 0, where the other form would cancel."""
@@ -74,6 +91,12 @@ if triton is not None:
         e = tl.exp(-2 * tl.abs(x))
         far = (1 - e) / (1 + e)
         return tl.where(square < 0.04, near, tl.where(x < 0, -far, far))
+
+    @triton.jit
+    def _tanh_slope(x):
+        """1 - tanh(x)^2, which would cancel where tanh is near 1."""
+        e = tl.exp(-2 * tl.abs(x))
+        return 4 * e / ((1 + e) * (1 + e))
 
     @triton.jit
     def _zeros(NUMBER: tl.constexpr, BT: tl.constexpr, LANES: tl.constexpr):
@@ -154,7 +177,7 @@ if triton is not None:
                     new = old_beta[j][:, None] * out[j % V]
                     for i in tl.static_range(S):
                         new += old_alpha[i * (V + S) + V + j][:, None] * h[i]
-                    new = new.to(following.dtype.element_ty)
+                    new = _cast(new, following.dtype.element_ty)
                     tl.store(following + at + j * E, new, mask=mask)
                     mixed = mixed + (new.to(tl.float32),)
                 h = mixed
@@ -210,7 +233,7 @@ if triton is not None:
                     for i in tl.static_range(1, S):
                         view += read[i * V + v][:, None] * h[i]
                     at = t[:, None] * (V * E) + v * E + e[None, :]
-                    tl.store(views + at, view.to(views.dtype.element_ty), mask=mask)
+                    tl.store(views + at, _cast(view, views.dtype.element_ty), mask=mask)
 
     @triton.jit
     def _backward_kernel(
@@ -283,8 +306,7 @@ if triton is not None:
                         if k < V + S:
                             grad = tl.sum(through[i * (V + S) + k], axis=1)
                             if HAS_GRAD_ALPHA:
-                                place = t * (S * (V + S)) + i * (V + S) + k
-                                grad += tl.load(grad_alpha + place, mask=there, other=0.0)
+                                grad += tl.load(grad_alpha + t * (S * (V + S)) + i * (V + S) + k, mask=there, other=0.0)
                         else:
                             grad = tl.load(grad_beta + t * S + i, mask=there, other=0.0)
                         grads = _put(grads, grad, i * K + k, W)
@@ -299,7 +321,7 @@ if triton is not None:
                             number += factor * dynamic
                             grad = grad * factor
                             if TANH:
-                                grad = grad * (1 - dynamic * dynamic)
+                                grad = grad * _tanh_slope(raw)
                             inner += grad * raw
                             back = back + (grad * rstd,)
                         if k < V + S:
@@ -347,7 +369,7 @@ if triton is not None:
                             tl.store(place, of_row, mask=e < E)
                     g = ()
                     for i in tl.static_range(S):
-                        new = to_streams[i].to(grad_streams.dtype.element_ty)
+                        new = _cast(to_streams[i], grad_streams.dtype.element_ty)
                         tl.store(grad_streams + at + i * E, new, mask=mask)
                         g = g + (new.to(tl.float32),)
                 if DEPTH:
@@ -361,7 +383,7 @@ if triton is not None:
                         for i in tl.static_range(v + V, S, V):  # every stream took the one output of HC
                             new += write[i][:, None] * g[i]
                         place = grad_output + t[:, None] * (V * E) + v * E + e[None, :]
-                        tl.store(place, new.to(grad_output.dtype.element_ty), mask=mask)
+                        tl.store(place, _cast(new, grad_output.dtype.element_ty), mask=mask)
             if DEPTH:
                 betas = tl.zeros([BT, LANES], tl.float32)
                 for i in tl.static_range(S):

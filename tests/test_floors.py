@@ -63,9 +63,11 @@ def test_one_folder():
 
 
 def test_connections_need_torch_alone(monkeypatch):
-    """connections.py imports the standard library and torch, and loads by itself where timm is not there."""
-    roots = {module.split(".")[0] for module in imported("connections")}
-    assert roots - set(sys.stdlib_module_names) == {"torch"}
+    """connections.py and kernels.py import the standard library and torch, with its Triton if it is there; no timm."""
+    modules = {name: imported(name) for name in ("connections", "kernels")}
+    assert {module for module in modules["connections"] if module.startswith("hcvision")} == {"hcvision.kernels"}
+    roots = {module.split(".")[0] for found in modules.values() for module in found} - {"hcvision"}
+    assert roots - set(sys.stdlib_module_names) == {"torch", "triton"}
     for missing in ("timm", "torchvision", "pytorch_lightning"):
         monkeypatch.setitem(sys.modules, missing, None)
     spec = importlib.util.spec_from_file_location("connections_alone", PACKAGE / "connections.py")

@@ -1,0 +1,364 @@
+"""hcvision.kernels: values and every gradient against float64, torch's transformations, the code for a GPU.
+
+Without a GPU the kernels run in Triton's interpreter (conftest.py sees to it).
+"""
+
+import copy
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import timm
+import torch
+from conftest import randomize
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import hcvision
+from hcvision import kernels
+from hcvision.connections import build_connection, expand_streams, parse_connection
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+SMALL = {FP32: 2**-21, BF16: 2**-10, FP16: 2**-13}
+
+
+@pytest.fixture
+def poison(monkeypatch):
+    """Memory that nobody wrote to is full of NaN."""
+    for name in ("empty", "empty_like"):
+        make = getattr(torch, name)
+
+        def poisoned(*args, make=make, **kwargs):
+            tensor = make(*args, **kwargs)
+            return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+
+        monkeypatch.setattr(torch, name, poisoned)
+
+
+class Two(nn.Module):
+    """Two sub-layers as a block writes them: width-connection, branch, join, branch, depth-connection."""
+
+    def __init__(self, name, dim, backend, dtype=torch.float64, joined=True, **options):
+        super().__init__()
+        self.joined = joined
+        self.connections = nn.ModuleList(
+            build_connection(name, dim, k, backend=backend, dtype=dtype, **options) for k in range(2)
+        )
+        self.weight = nn.Parameter(torch.empty(dim, dtype=dtype))
+        randomize(self, 0.5)
+
+    def branch(self, view):
+        return torch.sin(view * self.weight.to(view.dtype)) + view / 2
+
+    def forward(self, x):
+        first, second = self.connections
+        view, carried = first.width_connection(x)
+        if self.joined:
+            view, carried = second.join(self.branch(view), carried)
+        else:
+            view, carried = second.width_connection(first.depth_connection(self.branch(view), carried))
+        return second.depth_connection(self.branch(view), carried)
+
+
+def values(module, x, seed):
+    """The output, and the gradients of x and of every parameter, in float64."""
+    x = x.detach().requires_grad_()
+    out = module(x)
+    grads = torch.autograd.grad(out, [x, *module.parameters()], seed.to(out.dtype))
+    return {k: v.double() for k, v in zip(["out", "x", *dict(module.named_parameters())], (out, *grads), strict=True)}
+
+
+def error(found, truth):
+    """Root mean square, over all runs, relative to that of the truth."""
+    wrong, right = (torch.cat([part.flatten() for part in parts]).square().mean().sqrt() for parts in (found, truth))
+    return (wrong / right).item()
+
+
+def check(name, dim, shape, dtype, joined=True, layout=lambda x: x, **options):
+    """At most twice as wrong as the PyTorch form in the same dtype, and a small absolute term, over three runs."""
+    errors, truths = {"torch": [], "triton": []}, []
+    for run in range(3):
+        exact = randomize(Two(name, dim, "torch", **options), 0.5, run).to(DEVICE)
+        for parameter in exact.parameters():
+            parameter.data = parameter.data.to(dtype).double()
+        torch.manual_seed(run)
+        x = layout(torch.randn(*shape, exact.connections[0].width)).to(DEVICE, dtype)
+        seed = torch.randn(x.shape).to(DEVICE, dtype)
+        truths.append(values(exact, x.double(), seed))
+        for backend, found in errors.items():
+            module = Two(name, dim, backend, dtype, joined, **options).to(DEVICE)
+            module.load_state_dict(exact.state_dict())
+            found.append({key: value - truths[-1][key] for key, value in values(module, x, seed).items()})
+    for key in truths[0]:
+        truth = [run[key] for run in truths]
+        ours, theirs = (error([run[key] for run in errors[backend]], truth) for backend in ("triton", "torch"))
+        assert ours <= 2 * theirs + SMALL[dtype], f"{key}: wrong by {ours:.1e} of it, PyTorch by {theirs:.1e}"
+        assert torch.cat([part.flatten() for part in truth]).abs().max() > 1e-3, f"{key} says nothing"
+
+
+@pytest.mark.parametrize(
+    ("name", "dim", "shape", "dtype", "options"),
+    [
+        ("dhc2", 64, (2, 3), FP32, {}),  # tokens that do not fill the last tile
+        ("dhc4", 300, (5,), FP32, {}),  # three chunks of columns, the last one with 44 of 128
+        ("dhc4", 300, (2, 4), BF16, {}),  # two chunks
+        ("dhc3", 33, (3,), FP16, {}),  # a rate and a width that are odd
+        ("dhc1", 40, (9,), FP32, {}),  # three tiles of tokens, for two programs
+        ("dhc8", 16, (5,), FP32, {}),
+        ("dfc2", 66, (5,), BF16, {}),
+        ("dfc4", 132, (2, 3), FP32, {}),  # 33 columns
+        ("dfc3", 15, (9,), FP16, {}),
+        ("shc4", 70, (5,), FP32, {}),
+        ("shc3", 33, (2, 3), BF16, {}),
+        ("sfc4", 20, (5,), BF16, {}),
+        ("dhc2", 40, (5,), FP32, {"tanh": False}),
+        ("dhc2", 40, (5,), FP32, {"norm": False}),
+        ("dfc2", 40, (5,), FP32, {"norm": False, "tanh": False}),
+        ("dhc2", 40, (1, 2, 1, 3), FP32, {"arrangement": "parallel"}),
+    ],
+    ids=str,
+)
+@pytest.mark.usefixtures("poison")
+def test_numerics(name, dim, shape, dtype, options):
+    check(name, dim, shape, dtype, **options)
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
+        lambda x: x[:, :1].expand(-1, x.shape[1], -1),
+        lambda x: torch.stack([x, x], dim=-1)[..., 0],
+    ],
+    ids=["transposed", "expanded", "every other"],
+)
+@pytest.mark.usefixtures("poison")
+def test_layouts(layout):
+    check("dhc2", 40, (2, 3), FP32, layout=layout)
+    check("dfc2", 40, (2, 3), FP32, layout=layout)
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("dhc2", FP32), ("dfc3", BF16), ("shc3", FP32)])
+@pytest.mark.usefixtures("poison")
+def test_join(name, dtype):
+    """Joined and one by one the kernels give the same bits; and again the same when they run again."""
+    x = torch.randn(9, 33 * (parse_connection(name)[1] if "hc" in name else 1), device=DEVICE).to(dtype)
+    runs = [values(Two(name, 33, "triton", dtype, joined).to(DEVICE), x, x) for joined in (True, False, True)]
+    for key, value in runs[0].items():
+        assert torch.equal(value, runs[1][key]), key
+        assert torch.equal(value, runs[2][key]), key
+
+
+@pytest.mark.parametrize("shape", [(0,), (0, 3), (2, 0)], ids=str)
+@pytest.mark.parametrize("name", ["dhc2", "dfc2", "shc2"])
+def test_empty(name, shape):
+    """No token: empty outputs, and gradients of zero."""
+    module = Two(name, 8, "triton", FP32).to(DEVICE)
+    x = torch.randn(*shape, module.connections[0].width, device=DEVICE, requires_grad=True)
+    out = module(x)
+    assert out.shape == x.shape
+    out.sum().backward()
+    assert x.grad.shape == x.shape
+    assert all((p.grad == 0).all() for p in module.parameters())
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+@pytest.mark.parametrize("name", ["shc2", "dhc2", "dhc4", "sfc2", "dfc2", "dfc4"])
+def test_at_init(name, dtype):
+    """Under bf16 autocast connections at init are the residual add bit for bit, on every stream."""
+    torch.manual_seed(0)
+    copies = int(name[-1]) if "hc" in name else 1
+    branch = nn.Sequential(nn.LayerNorm(24), nn.Linear(24, 24)).to(DEVICE)
+    residual = torch.randn(2, 3, 24, device=DEVICE).to(dtype)
+    x = expand_streams(residual, copies)
+    with torch.autocast(DEVICE, BF16):
+        first, second = (build_connection(name, 24, k, backend="triton", device=DEVICE) for k in range(2))
+        view, carried = first.width_connection(x)
+        view, carried = second.join(branch(view), carried)
+        x = second.depth_connection(branch(view), carried)
+        for _ in range(2):
+            residual = residual + branch(residual)
+        assert x.dtype == dtype
+        assert torch.equal(x, expand_streams(residual, copies))
+
+
+@pytest.mark.parametrize("name", ["dhc2", "dfc2", "shc2"])
+def test_other_gradients(name):
+    """Coefficients, the streams between two sub-layers and other carried streams have their gradients too."""
+
+    def run(backend):
+        module = Two(name, 12, backend, FP32).to(DEVICE)
+        torch.manual_seed(3)
+        first, second = module.connections
+        x = torch.randn(5, first.width, device=DEVICE, requires_grad=True)
+        view, carried = first.width_connection(x)
+        alpha, beta = first.weights(x)
+        carried = first.carry(x * module.weight.repeat(first.width // 12), carried)
+        view, carried = second.join(module.branch(view), carried)
+        loss = (alpha.sin() ** 2).sum() + (beta**3).sum() + (carried[0].sin() * 2).sum() + (carried[2] ** 2).sum()
+        loss = loss + (second.depth_connection(module.branch(view), carried) ** 2).sum()
+        return loss, *torch.autograd.grad(loss, [x, *module.parameters()])
+
+    for a, b in zip(run("triton"), run("torch"), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dynamic", [True, False])
+def test_operators(dynamic):
+    """torch.library's own checks: schema, fake tensors, gradients registered, traced by AOT dispatch."""
+
+    def random(*shape):
+        return torch.randn(*shape, device=DEVICE, requires_grad=True)
+
+    rows, scale = (random(4, 8), random(4)) if dynamic else (None, None)
+    rule = (random(2, 4), rows, scale, True, True, True)
+    carried = (random(3, 2, 8), random(3, 1, 8), random(3, 2, 3).detach(), random(3, 2))
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(kernels.width, (random(3, 2, 8), *rule), test_utils=tests)
+    torch.library.opcheck(kernels.depth, (carried[0], carried[0].detach(), *carried[1:]), test_utils=tests)
+    torch.library.opcheck(kernels.join, (carried[0], carried[0].detach(), *carried[1:], *rule), test_utils=tests)
+
+
+@pytest.mark.parametrize(("name", "compiler"), [("dhc2", "aot_eager"), ("dfc2", "inductor"), ("shc2", "aot_eager")])
+def test_compile(name, compiler):
+    """torch.compile in one graph, forward and backward, with the operators in it."""
+    module = Two(name, 8, "triton", FP32).to(DEVICE)
+    x = torch.randn(2, 3, module.connections[0].width, device=DEVICE)
+    compiled = copy.deepcopy(module)
+    compiled.compile(fullgraph=True, backend=compiler)
+    for (key, ours), theirs in zip(values(compiled, x, x.cos()).items(), values(module, x, x.cos()).values(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5, msg=lambda text, key=key: f"{key}: {text}")
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpoint(reentrant):
+    """Gradient checkpointing computes the same."""
+    module = Two("dhc2", 8, "triton", FP32).to(DEVICE)
+    x = torch.randn(5, 16, device=DEVICE)
+    plain = values(module, x, x)
+    module.forward = lambda x, inner=module.forward: checkpoint(inner, x, use_reentrant=reentrant)
+    x = x.requires_grad_()
+    module(x).backward(x.detach())
+    assert torch.equal(x.grad.double(), plain["x"])
+    for key, parameter in module.named_parameters():
+        assert torch.equal(parameter.grad.double(), plain[key]), key
+
+
+def test_training(tiny, monkeypatch):
+    """Fifty steps of a ViT: the loss is that of the PyTorch form, all the way."""
+    sizes = kernels.tile_sizes
+    if DEVICE == "cpu":  # an interpreted tile takes as long as a larger one
+        monkeypatch.setattr(kernels, "tile_sizes", lambda *numbers: {**sizes(*numbers), "BT": 16})
+
+    def train(backend):
+        torch.manual_seed(0)
+        model = timm.create_model("vit_tiny_patch16_224", **{**tiny, "depth": 1, "patch_size": 16, "num_classes": 4})
+        model = hcvision.convert(model, "dhc2", backend=backend).to(DEVICE)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        images = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(5)).to(DEVICE)
+        losses = []
+        for _ in range(50):
+            loss = nn.functional.cross_entropy(model(images), torch.arange(3, device=DEVICE))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        return torch.tensor(losses), model
+
+    (ours, model), (theirs, _) = train("triton"), train("torch")
+    assert theirs[-1] < theirs[0] / 4
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+    assert (model.blocks[0].connection2.dynamic_alpha_fn.abs() > 1e-3).any()
+
+
+# backend
+
+
+def test_backend():
+    """Checkpoints do not know it; auto is PyTorch on a CPU; triton says why it cannot."""
+    for name in ("dhc2", "sfc2"):
+        states = [build_connection(name, 8, backend=backend).state_dict() for backend in ("auto", "torch", "triton")]
+        assert states[0].keys() == states[1].keys() == states[2].keys()
+    with pytest.raises(ValueError, match="backend must be one of auto, torch, triton, got 'cuda'"):
+        build_connection("dhc2", 8, backend="cuda")
+    double = build_connection("dhc2", 8, backend="triton", dtype=torch.float64, device=DEVICE)
+    with pytest.raises(ValueError, match=r"cannot run the kernels: they take float32, .* got float64; backend='auto'"):
+        double(torch.randn(2, 16, dtype=torch.float64, device=DEVICE), torch.sin)
+    with pytest.raises(ValueError, match="they take rates up to 8, got 9"):
+        build_connection("dhc9", 8, backend="triton", device=DEVICE)(torch.randn(2, 72, device=DEVICE), torch.sin)
+    single = build_connection("dhc2", 8, backend="triton", device=DEVICE)
+    with pytest.raises(ValueError, match=r"they do not run under torch\.func"):
+        torch.func.vmap(lambda x: single(x, torch.sin))(torch.randn(2, 3, 16, device=DEVICE))
+
+
+def test_auto(monkeypatch):
+    """auto takes the kernels where they can run on a GPU, and PyTorch elsewhere; torch never does."""
+    called = []
+    monkeypatch.setattr(kernels, "width", lambda *_: called.append(1) or pytest.fail("ran"))
+    x = torch.randn(2, 16)
+    for backend in ("auto", "torch"):
+        build_connection("dhc2", 8, backend=backend)(x, torch.sin)
+    assert not called
+
+
+def test_without_triton(monkeypatch):
+    monkeypatch.setattr(kernels, "triton", None)
+    with pytest.raises(ValueError, match="this PyTorch comes without Triton"):
+        build_connection("dhc2", 8, backend="triton")(torch.randn(2, 16), torch.sin)
+    build_connection("dhc2", 8)(torch.randn(2, 16), torch.sin)
+
+
+# the code for a GPU, which needs none to be made
+
+BUILD = """
+import json, os, re, subprocess, sys, tempfile
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from hcvision import kernels
+
+found = []
+for kernel, S, V, E, dtype, arch in json.loads(sys.argv[1]):
+    kernel = getattr(kernels, kernel)
+    constants = {"S": S, "V": V, "E": E, "DEPTH": True, "WIDTH": True, "DYNAMIC": True, "NORM": True,
+                 "CENTER": V == 1, "TANH": True, "HAS_GRAD_ALPHA": True}
+    constants |= kernels.tile_sizes(S, V, E, 2 if dtype == "bf16" else 4)
+    warps = constants.pop("num_warps")
+    numbers = ("T", "tiles")
+    tokens = ("streams", "output", "following", "views", "grad_views", "grad_carried", "grad_streams", "grad_output")
+    names = kernel.arg_names
+    constants = {name: constants[name] for name in names if name in constants}
+    types = {name: "constexpr" if name in constants else "i32" if name in numbers
+             else "*" + (dtype if name in tokens else "fp32") for name in names}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if types[name].startswith("*")}
+    source = ASTSource(fn=kernel, signature=types, constexprs=constants, attrs=aligned)
+    built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": warps})
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(built.asm["cubin"])
+        file.flush()
+        tool = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
+        usage = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True).stdout
+    wide = "ld.global.v4" in built.asm["ptx"] and "st.global.v4" in built.asm["ptx"]
+    found.append([int(re.search(r"STACK:(\\d+)", usage)[1]), wide])
+print(json.dumps(found))
+"""
+
+
+def test_code_for_a_gpu():
+    """Both kernels compile for an A100 and an H100, keep what they hold in registers, and load 16 bytes at a time."""
+    cases = [
+        ("_forward_kernel", 4, 1, 768, "bf16", 90),
+        ("_backward_kernel", 4, 1, 768, "bf16", 90),
+        ("_backward_kernel", 2, 1, 384, "fp32", 80),
+        ("_forward_kernel", 4, 4, 192, "bf16", 90),
+    ]
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    command = [sys.executable, "-W", "ignore", "-c", BUILD, json.dumps(cases)]
+    run = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert run.returncode == 0, run.stderr[-3000:]
+    for case, (spilled, wide) in zip(cases, json.loads(run.stdout.splitlines()[-1]), strict=True):
+        assert spilled == 0, f"{case} spills {spilled} bytes a thread"
+        assert wide, f"{case} moves few bytes at a time"
