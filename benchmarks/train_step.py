@@ -8,8 +8,8 @@ is named. The second one runs the same code on tiny models, to see that it does;
 environment takes the kernels along.
 
 1. Values. Each kernel's results and gradients, and those of a trunk of two blocks, at the sizes of ViT-B, against
-   float64: at most twice as wrong as PyTorch in the same dtype, plus 1e-5 of the largest value; or the script says
-   what is wrong and exits with 1.
+   float64: at most twice as wrong as PyTorch in the same dtype, and a little more (``MORE``); or the script says what
+   is wrong and exits with 1.
 2. The bandwidth of a copy: bytes read and written, by the median time.
 3. Kernels: the bytes that each has to move, over its median time (CUDA events, the L2 cache flushed before each run),
    beside that of the copy. All that an operator does counts as its time, the sums over tokens in backward too.
@@ -74,6 +74,11 @@ from hcvision.runs import is_out_of_memory, markdown
 
 NAMES = ("dhc2", "dhc4", "dfc4")
 DTYPES = (torch.bfloat16, torch.float32)
+MORE = {  # how wrong a value may be, of the largest one, beside twice what PyTorch is wrong by
+    torch.bfloat16: 2**-7 if kernels.INTERPRETED else 2**-9,  # Triton's interpreter cuts off where a GPU rounds
+    torch.float32: 1e-5,
+}
+MORE_OF_A_TRUNK = 1e-3  # random connections in a row make much of a small error
 COPY = 2**28  # numbers, of float32
 FLUSH = 2**28  # bytes, more than any L2 cache holds
 KERNEL_BAR = 0.80  # of the copy's bandwidth
@@ -119,7 +124,7 @@ class Case:
     center: bool  # LayerNorm before the projection, or RMSNorm
 
     def prepare(self, weights: tuple[Tensor, Tensor, Tensor]) -> tuple[Any, ...]:
-        """The last arguments of a kernel: weights, norm, center and tanh. It wants rows that are centered themselves."""
+        """The last arguments of a kernel: weights, norm, center and tanh. Rows have to be centered themselves."""
         static, rows, scale = weights
         return static, rows - rows.mean(1, keepdim=True) if self.center else rows, scale, True, self.center, True
 
@@ -201,13 +206,9 @@ def with_gradients(run: Callable[[Case], list[Tensor]], case: Case) -> list[Tens
     return [*outputs, *torch.autograd.grad(taken, case.inputs, directions)]
 
 
-def excess(ours: Tensor, theirs: Tensor, exact: Tensor, dtype: torch.dtype) -> float:
-    """How wrong ours is beside what is allowed: twice as wrong as theirs, plus 1e-5 of the largest value.
-
-    Triton's interpreter cuts bfloat16 off where a GPU rounds, and gets a unit in the last place instead.
-    """
+def excess(ours: Tensor, theirs: Tensor, exact: Tensor, more: float) -> float:
+    """How wrong ours is beside what is allowed: twice as wrong as theirs, and more, of the largest value."""
     exact = exact.double()
-    more = torch.finfo(dtype).eps if kernels.INTERPRETED and dtype == torch.bfloat16 else 1e-5
     allowed = 2 * (theirs.double() - exact).abs().max() + more * exact.abs().max()
     return ((ours.double() - exact).abs().max() / allowed).item()
 
@@ -221,7 +222,7 @@ def check_kernels(name: str, dim: int, tokens: int, dtype: torch.dtype, device: 
     found: dict[str, float] = {}
     what = [*RESULTS, *(f"gradient of {name}" for name in GRADIENTS)]
     for key, *tensors in zip(what, ours, theirs, exact, strict=True):
-        found[key] = worse(found.get(key, 0.0), excess(*tensors, dtype))
+        found[key] = worse(found.get(key, 0.0), excess(*tensors, MORE[dtype]))
     return found
 
 
@@ -246,7 +247,7 @@ def check_trunk(name: str, size: Size, device: str) -> float:
         fused.load_state_dict(plain.state_dict())
         ours = results(library_trunk(fused.to(device)), tokens, direction)
         for tensors in zip(ours, theirs, exact, strict=True):
-            found = worse(found, excess(*tensors, torch.float32))
+            found = worse(found, excess(*tensors, MORE_OF_A_TRUNK))
     return found
 
 
@@ -577,7 +578,7 @@ def main(argv: list[str] | None = None) -> None:
     if peer is None:
         print("hyper-connections is not installed, so that no peer is measured", flush=True)
         report.skipped.append("the peer: hyper-connections is not installed")
-    dim, tokens, size = (32, 10, SMALL) if args.small else (768, 128 * 197, Size(768, 12, 2, 197, 2))
+    dim, tokens, size = (32, 10, SMALL._replace(depth=2)) if args.small else (768, 128 * 197, Size(768, 12, 2, 197, 2))
     if not missing:
         check(NAMES, dim, tokens, size, device)
 
