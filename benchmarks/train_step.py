@@ -81,6 +81,7 @@ MORE = {  # how wrong a value may be, of the largest one, beside twice what PyTo
 MORE_OF_A_TRUNK = 1e-3  # random connections in a row make much of a small error
 COPY = 2**28  # numbers, of float32
 FLUSH = 2**28  # bytes, more than any L2 cache holds
+LEAST_ROUNDS = 5  # fewer than that are not worth a row
 KERNEL_BAR = 0.80  # of the copy's bandwidth
 MEMORY_BAR = 1.25  # dhc4
 BARS = {
@@ -387,14 +388,16 @@ def find_groups(vit_batch: int, dit_batch: int, precision: str, has_kernels: boo
     fused = ["triton"] if has_kernels else []
     best = (*fused, "torch")[0]
     found = [
-        group(vit, precision, True, [*fused, "torch"], "recompute-dhc4"),
-        group(vit, precision, False, [*fused, "torch"]),
-        group(dit, precision, True, [], f"{best}-dhc4", "recompute-dhc4"),
+        group(vit, precision, True, [*fused, "torch"]),
+        group(vit, precision, False, [*fused, "torch"], "recompute-dhc4"),
+        group(dit, precision, True, [], f"{best}-dhc4"),
     ]
-    if precision != "bf16-true":
-        found.append(group(vit, "bf16-true", True, [best], "recompute-dhc4"))
     if has_peer:
-        found += [group(vit, precision, compiled, ["peer"]) for compiled in (False, True)]
+        found.append(group(vit, precision, False, ["peer"]))
+    if precision != "bf16-true":
+        found.append(group(vit, "bf16-true", True, [best]))
+    if has_peer:
+        found.append(group(vit, precision, True, ["peer"]))
     return found
 
 
@@ -408,11 +411,11 @@ def build_step(group: Group, variant: str, setup: Setup, has_kernels: bool, comp
     elif form:
         backend = "triton" if has_kernels and form != "torch" else "torch"
         convert(model, name, backend=backend, recompute=RECOMPUTE if form == "recompute" else 0)
+    module.to(setup.device)
     with torch.no_grad():
         for parameter in model.parameters():
             if not parameter.any():
                 parameter.normal_(std=0.02)  # gates and projections that begin closed
-    module.to(setup.device)
     if group.compiled:
         for part in [model] if whole else model.blocks:
             part.compile(dynamic=False, backend=compiler)
@@ -437,16 +440,21 @@ def measure_group(
         before = torch.cuda.memory_allocated(device) if cuda else 0
         steps[variant] = build(group, variant)
         steps[variant]()
+        if cuda:
+            torch.cuda.synchronize(device)
         built = time.perf_counter()
         peak = peak_memory(steps[variant], device) - before
+        if cuda:
+            torch.cuda.synchronize(device)
+        round_time += time.perf_counter() - built
         if cuda or not group.compiled:  # a CPU's is counted in the operations of the eager model
             peaks[variant] = peak
-        round_time += time.perf_counter() - built
         budget.took(began)
         print(f"  {variant}: built and run in {time.perf_counter() - began:.0f} s", flush=True)
-    rounds = min(rounds, int(budget.left() / max(round_time, 1e-9)) - WARM_UP)
-    if len(steps) < 2 or rounds < 3:
+    affordable = int(budget.left() / max(round_time, 1e-9)) - WARM_UP
+    if len(steps) < 2 or affordable < min(rounds, LEAST_ROUNDS):
         return [], list(group.variants)
+    rounds = min(rounds, affordable)
     times = interleaved_times(steps, rounds, device)
     rows = []
     for variant in steps:
@@ -457,14 +465,12 @@ def measure_group(
     return rows, [variant for variant in group.variants if variant not in steps]
 
 
-def bars(group: Group, variant: str) -> dict[str, float]:
-    """At most so much of the residual model's time and memory, for kernels in a compiled model."""
+def bars(group: Group, variant: str) -> dict[str, float | None]:
+    """At most so much of the residual model's time, for kernels in a compiled model, and of its memory."""
     form, _, name = variant.rpartition("-")
-    found = {}
-    if group.compiled and form == "triton" and name in BARS[group.base]:
-        found["bar"] = BARS[group.base][name]
-    if group.compiled and form in ("triton", "recompute") and name == "dhc4":
-        found["memory_bar"] = MEMORY_BAR
+    fused = group.compiled and form == "triton"
+    found = {"bar": BARS[group.base].get(name) if fused else None}
+    found["memory_bar"] = MEMORY_BAR if name == "dhc4" and (fused or form == "recompute") else None
     return found
 
 
@@ -491,8 +497,8 @@ def step_table(rows: list[dict[str, Any]]) -> list[str]:
     for row in rows:
         peak, ratio = row["peak_memory_mb"], row["memory_ratio"]
         line = [row["variant"], f"{row['step_time']:,.1f}", f"{row['samples_per_sec']:,.0f}"]
-        line += [spread(row), bar(row.get("bar")), "" if peak is None else f"{peak:,.0f}"]
-        lines.append([*line, "" if ratio is None else f"{ratio:.2f} x", bar(row.get("memory_bar"))])
+        line += [spread(row), bar(row["bar"]), "" if peak is None else f"{peak:,.0f}"]
+        lines.append([*line, "" if ratio is None else f"{ratio:.2f} x", bar(row["memory_bar"])])
     return markdown(lines)
 
 
@@ -582,7 +588,7 @@ def main(argv: list[str] | None = None) -> None:
     if not missing:
         check(NAMES, dim, tokens, size, device)
 
-    repeats = 3 if args.small else 50
+    repeats = 1 if args.small else 50
     report.copy = copy_bandwidth(device, 2**12 if args.small else COPY, repeats)
     for dtype in DTYPES if not missing else ():
         for name in NAMES:

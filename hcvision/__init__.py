@@ -9,7 +9,7 @@ from hcvision.connections import (
     expand_streams,
     reduce_streams,
 )
-from hcvision.convert import convert, create_model
+from hcvision.convert import convert, create_model, recompute_streams
 from hcvision.dit import NAMES as dit_names
 from hcvision.vit import NAMES as vit_names
 
@@ -24,6 +24,7 @@ __all__ = [
     "create_model",
     "dit_names",
     "expand_streams",
+    "recompute_streams",
     "reduce_streams",
     "vit_names",
 ]

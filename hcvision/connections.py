@@ -21,7 +21,7 @@ Letters in shapes: B batch, N tokens, S streams, V views, E stream width, K mixt
 
 import contextlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Optional, Tuple
 
 import torch
@@ -34,9 +34,7 @@ KINDS = ("shc", "dhc", "sfc", "dfc")
 ARRANGEMENTS = ("sequential", "parallel")
 BACKENDS = ("auto", "torch", "triton")
 
-Rule = Tuple[
-    Tensor, Tensor, Optional[Tensor], Optional[Tensor], Optional[Tensor], Optional[Tensor], Optional[Tensor]
-]
+Rule = Tuple[Tensor, Tensor, Optional[Tensor], Optional[Tensor], Optional[Tensor], Optional[Tensor], Optional[Tensor]]
 Options = Tuple[bool, bool, bool, str]
 
 
@@ -191,6 +189,8 @@ class StreamConnection(Connection):
 
     __constants__ = ["center_norm"]  # noqa: RUF012 - TorchScript
     center_norm = True  # the dynamic weights see LayerNorm (True) or RMSNorm (False) of a stream
+    recompute = False  # the streams are computed again in backward; see ``recompute_streams``
+    records = False  # how the next streams can be computed again goes with them
 
     def __init__(
         self,
@@ -290,9 +290,14 @@ class StreamConnection(Connection):
         Raises:
             ValueError: x is not S*E wide, or backend ``triton`` cannot take it.
         """
-        view, streams, alpha, beta, link = width_connection(
-            split_streams(x, self.streams, self.stream_dim), self.rule(), self.options()
-        )
+        streams = split_streams(x, self.streams, self.stream_dim)
+        if torch.jit.is_scripting():
+            pass
+        elif self.records:
+            with keep_recipe(x, streams) if self.recompute else contextlib.nullcontext():
+                view, streams, alpha, beta, link = width_connection(streams, self.rule(), self.options())
+            return view, (streams, alpha, beta, link)
+        view, streams, alpha, beta, link = width_connection(streams, self.rule(), self.options())
         return view, (streams, alpha, beta, link)
 
     def depth_connection(self, branch_output: Tensor, carried: Tuple[Tensor, Tensor, Tensor, Tensor]) -> Tensor:
@@ -310,7 +315,12 @@ class StreamConnection(Connection):
         """
         streams, alpha, beta, link = carried
         output = split_output(branch_output, streams, self.views)
-        return depth_connection(streams, output, alpha, beta, link, self.backend)
+        x = depth_connection(streams, output, alpha, beta, link, self.backend)
+        if torch.jit.is_scripting():
+            pass
+        elif self.records and torch.is_grad_enabled():
+            record(x, streams, output, alpha, beta, self.backend)
+        return x
 
     def join(
         self, branch_output: Tensor, carried: Tuple[Tensor, Tensor, Tensor, Tensor]
@@ -327,16 +337,18 @@ class StreamConnection(Connection):
         Raises:
             ValueError: branch_output is not shaped like the branch input.
         """
+        if torch.jit.is_scripting():
+            pass
+        elif self.records:
+            return self.width_connection(self.depth_connection(branch_output, carried))
         streams, alpha, beta, link = carried
-        output = split_output(branch_output, streams, alpha.shape[-1] - alpha.shape[-2])
+        output = split_output(branch_output, streams, self.views)
         view, streams, alpha, beta, link = join_connections(
             streams, output, alpha, beta, link, self.rule(), self.options()
         )
         return view, (streams, alpha, beta, link)
 
-    def carry(
-        self, x: Tensor, carried: Tuple[Tensor, Tensor, Tensor, Tensor]
-    ) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
+    def carry(self, x: Tensor, carried: Tuple[Tensor, Tensor, Tensor, Tensor]) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
         """Between the steps, for blocks that scale x in their add: carry these streams, (..., S*E), instead.
 
         Raises:
@@ -504,9 +516,7 @@ def split_output(branch_output: Tensor, streams: Tensor, views: int) -> Tensor:
 
 
 @torch.fx.wrap
-def width_connection(
-    streams: Tensor, rule: Rule, options: Options
-) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def width_connection(streams: Tensor, rule: Rule, options: Options) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The branch input (..., V*E) of streams (..., S, E), and the carried streams in four parts.
 
     These are the streams (..., S, E), alpha (..., S, V+S), beta (..., S) and the link (..., S, E). The
@@ -627,7 +637,7 @@ def _mix(streams: Tensor, alpha: Tensor, output: Optional[Tensor], beta: Optiona
         pass
     elif not _plain() and alpha.shape[-1] > 1 and _exact_matmul(streams):
         mixed = _laid_out_like(streams, alpha.mT @ streams.to(alpha.dtype))
-        return mixed if output is None else mixed.addcmul_(beta[..., None], output)
+        return mixed if output is None or beta is None else mixed.addcmul_(beta[..., None], output)
     if output is not None and beta is not None:
         mixed = beta[..., None] * output
     else:
@@ -650,7 +660,7 @@ def _laid_out_like(streams: Tensor, mixed: Tensor) -> Tensor:
 
 
 def _inverse_deviation(streams: Tensor, center: bool) -> Tuple[Tensor, Optional[Tensor]]:
-    """What LayerNorm (center) or RMSNorm multiplies a stream by, and the mean that LayerNorm takes, both (..., S, 1)."""
+    """What LayerNorm (center) or RMSNorm multiplies a stream by, and the mean that LayerNorm takes: (..., S, 1)."""
     mean: Optional[Tensor] = None
     variance = torch.linalg.vector_norm(streams, dim=-1, keepdim=True).square() / streams.shape[-1]
     if center:
@@ -698,6 +708,68 @@ def _add_mixed(mixed: Tensor, grad: Tensor, alpha: Tensor) -> Tensor:
         return mixed.add_(_mix(grad, alpha.mT, None, None))
     mixed.view(-1, *mixed.shape[-2:]).baddbmm_(*(part.reshape(-1, *part.shape[-2:]) for part in (alpha, grad)))
     return mixed
+
+
+# Recomputation: what the depth-connection makes follows from what was there before and the branch output,
+# which is kept anyway. A recipe says so, and goes with the streams as an attribute of the tensor; autograd
+# then keeps the recipe in the place of the streams.
+
+
+class Recipe:
+    """How streams (..., S, E) follow from those before them. Calling it gives them."""
+
+    def __init__(
+        self, before: "Tensor | Recipe", ingredients: Tuple[Tensor, Tensor, Tensor], backend: str, version: int
+    ):
+        self.before, self.ingredients, self.backend = before, ingredients, backend
+        self.version = version  # of the streams that were made; who changes them in place makes others
+        self.made: Tensor | None = None  # on the way to later streams, for the one who asks next
+
+    @torch.no_grad()
+    def __call__(self) -> Tensor:
+        pending: list[Recipe] = []
+        at: Tensor | Recipe = self
+        while isinstance(at, Recipe) and at.made is None:
+            pending.append(at)
+            at = at.before
+        streams = at.made if isinstance(at, Recipe) else at
+        assert streams is not None
+        for recipe in reversed(pending):
+            output, alpha, beta = recipe.ingredients
+            following = depth_connection(streams, output, alpha, beta, streams, recipe.backend)
+            streams = following.unflatten(-1, streams.shape[-2:])
+            recipe.made = streams
+        self.made = None
+        return streams
+
+
+def record(x: Tensor, streams: Tensor, output: Tensor, alpha: Tensor, beta: Tensor, backend: str) -> None:
+    """Note on x, (..., S*E), how it follows from the streams before it."""
+    if isinstance(x, torch.fx.Proxy) or _plain():
+        return
+    before = getattr(streams, "recipe", streams.detach())
+    ingredients = (output.detach(), alpha.detach(), beta.detach())
+    x.recipe = Recipe(before, ingredients, backend, x._version)  # type: ignore[attr-defined]
+
+
+@contextlib.contextmanager
+def keep_recipe(x: Tensor, streams: Tensor) -> Iterator[None]:
+    """Let autograd keep the recipe of x, if it has one, wherever it would keep the streams (..., S, E), a view of x."""
+    recipe = getattr(x, "recipe", None)
+    if not isinstance(recipe, Recipe) or recipe.version != x._version:
+        yield
+        return
+    streams.recipe = recipe  # type: ignore[attr-defined]
+    place = (streams.data_ptr(), streams.shape)
+
+    def pack(tensor: Tensor) -> Tensor | Recipe:
+        return recipe if (tensor.data_ptr(), tensor.shape) == place else tensor.detach()
+
+    def unpack(kept: Tensor | Recipe) -> Tensor:
+        return kept() if isinstance(kept, Recipe) else kept
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        yield
 
 
 class _Width(torch.autograd.Function):

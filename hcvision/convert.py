@@ -34,7 +34,15 @@ from timm.models.xcit import Xcit
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from hcvision.connections import Connection, HyperConnection, build_connection, parse_connection, reduce_streams
+from hcvision.connections import (
+    Connection,
+    HyperConnection,
+    StreamConnection,
+    build_connection,
+    check_count,
+    parse_connection,
+    reduce_streams,
+)
 from hcvision.families import BLOCKS, MODELS, ConnectedBlock, Family
 
 Blocks = slice | str | Iterable[int] | Callable[[int, nn.Module], bool] | None
@@ -299,7 +307,7 @@ def _chosen(blocks: Blocks, candidates: list[Any]) -> list[int]:
     return able
 
 
-def convert(model: Any, connection: str, *, blocks: Blocks = None, **options) -> nn.Module:
+def convert(model: Any, connection: str, *, blocks: Blocks = None, recompute: int = 0, **options) -> nn.Module:
     """Put connections where a timm model has residual adds, in place.
 
     At their initial values the connections are the residual adds: the outputs stay what they were
@@ -313,7 +321,8 @@ def convert(model: Any, connection: str, *, blocks: Blocks = None, **options) ->
         blocks: which blocks, counted from 0 over the whole model: a slice, the same as text (``"6:"``),
             indices, or a function of index and block; None for all that can have connections. Call
             again for other blocks with another connection.
-        **options: options of ``build_connection``: ``tanh``, ``norm``, ``arrangement``.
+        recompute: compute the streams again in backward, from every so many blocks; see ``recompute_streams``.
+        **options: options of ``build_connection``: ``tanh``, ``norm``, ``arrangement``, ``backend``.
 
     Returns:
         The same model object.
@@ -326,7 +335,7 @@ def convert(model: Any, connection: str, *, blocks: Blocks = None, **options) ->
     """
     kind, _ = parse_connection(connection)
     if isinstance(model, FeatureGetterNet):
-        convert(model.model, connection, blocks=blocks, **options)
+        convert(model.model, connection, blocks=blocks, recompute=recompute, **options)
         return model
     candidates = [block for column in _columns(model, _family(model)) for block in column]
     if kind == "residual":
@@ -357,6 +366,37 @@ def convert(model: Any, connection: str, *, blocks: Blocks = None, **options) ->
             _graft(part, MIXINS.get(type(part), ConnectedModel), residual_architecture=architecture)
         _label(part)
     _place_borders(model)
+    if recompute:
+        recompute_streams(model, recompute)
+    return model
+
+
+def recompute_streams(model: Any, every: int) -> nn.Module:
+    """Keep less for backward: branch outputs, and the streams of every so many blocks only.
+
+    The streams in between are computed again in backward, by the update rule alone, no branch runs twice
+    (mHC, arXiv 2512.24880, section 4.3). Values and gradients stay what they are, to the bit. For eager mode:
+    a compiled model keeps what its compiler decides.
+
+    Args:
+        model: a model with connections.
+        every: blocks of a run (a stage) from one that keeps its streams to the next; 0 keeps them all.
+
+    Returns:
+        The same model object.
+
+    Raises:
+        ValueError: every < 0, or a model without connections.
+    """
+    check_count("recompute", every, 0)
+    runs = [run for run in stages(model) if any(isinstance(block, ConnectedBlock) for block in run)]
+    if not runs:
+        raise ValueError(f"recompute={every} needs a model with connections, this {own_class(model).__name__} has none")
+    for run in runs:
+        for i, block in enumerate(run):
+            for k, part in enumerate(part for part in block.children() if isinstance(part, StreamConnection)):
+                part.records = every > 0
+                part.recompute = every > 0 and (i % every != 0 or k > 0)
     return model
 
 
@@ -484,7 +524,8 @@ def register(base: str, connection: str) -> str:
     """Register ``<base>_<connection>`` with timm, unless it is there, and return that name.
 
     The new entrypoint takes what the one of ``base`` takes, and ``connection_blocks``,
-    ``connection_tanh``, ``connection_norm``, ``connection_arrangement`` for ``convert``.
+    ``connection_tanh``, ``connection_norm``, ``connection_arrangement``, ``connection_backend``,
+    ``connection_recompute`` for ``convert``.
     ``connection_more`` is a list of further calls of ``convert``, each a dict of its arguments.
 
     Raises:
@@ -608,7 +649,8 @@ def create_model(name: str, connection: str | None = None, *, pretrained: bool =
         pretrained: load the weights of ``name``; connections start at their initial values, unless the
             folder brings them.
         **kwargs: everything ``timm.create_model`` takes, and ``connection_blocks``,
-            ``connection_tanh``, ``connection_norm``, ``connection_arrangement`` for ``convert``.
+            ``connection_tanh``, ``connection_norm``, ``connection_arrangement``, ``connection_backend``,
+    ``connection_recompute`` for ``convert``.
 
     Raises:
         ValueError: an unknown connection, or a model that cannot be converted.

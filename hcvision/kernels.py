@@ -394,9 +394,10 @@ if triton is not None:
 
 
 def tile_sizes(S: int, V: int, E: int, itemsize: int) -> dict[str, int]:
-    """The tile of a program: BT tokens, a warp each, by BC columns, of which a lane loads 16 bytes, or 8 of many streams.
+    """The tile of a program: BT tokens, a warp each, by BC columns.
 
-    W is how wide a tile is that holds a token's coefficients, LANES how many lanes a warp has.
+    A lane loads 16 bytes of a column, or 8 where there are many streams. W is how wide a tile is that holds
+    a token's coefficients, LANES how many lanes a warp has.
     """
     columns = LANES * (16 if S <= 4 else 8) // itemsize
 
@@ -596,7 +597,7 @@ def join(
     """``depth`` and the ``width`` of the next sub-layer: the next streams, then what ``width`` returns."""
     width = (static.contiguous(), _dense(rows), scale, norm, center, tanh)
     following, *outputs = _forward(streams, output.shape[-2], (output, alpha, beta), width)
-    return following, *outputs, _link(following)
+    return following, outputs[0], outputs[1], outputs[2], _link(following)
 
 
 def _fake_depth_backward(grad, output, beta):
@@ -679,7 +680,9 @@ def _width_setup(ctx: Any, inputs: Any, output: Any) -> None:
     ctx.set_materialize_grads(False)
 
 
-def _width_grads(grad_views: Any, grad_alpha: Any, grad_beta: Any, grad_link: Any, streams: Tensor, static: Tensor):
+def _width_grads(grads: Any, streams: Tensor, static: Tensor) -> tuple[Tensor, Optional[Tensor], Tensor, Tensor]:
+    """The gradients of what ``width`` returns, none of those missing that its backward wants."""
+    grad_views, grad_alpha, grad_beta, grad_link = grads
     S, E = streams.shape[-2:]
     V = static.shape[1] - S - 1
     views, link = _or_zeros(grad_views, streams, V, E), _or_zeros(grad_link, streams, S, E)
@@ -688,7 +691,7 @@ def _width_grads(grad_views: Any, grad_alpha: Any, grad_beta: Any, grad_link: An
 
 def _width_backward(ctx: Any, *grads: Any) -> Any:
     streams, static, rows, scale = ctx.saved_tensors
-    ready = _width_grads(*grads, streams, static)
+    ready = _width_grads(grads, streams, static)
     to_streams, *found = width_backward(*ready, streams, static, rows, scale, *ctx.options)
     return to_streams, *(found if rows is not None else (found[0], None, None)), None, None, None
 
@@ -721,7 +724,7 @@ def _join_setup(ctx: Any, inputs: Any, output: Any) -> None:
 
 def _join_backward(ctx: Any, grad_following: Any, *grads: Any) -> Any:
     following, static, rows, scale, output, beta = ctx.saved_tensors
-    ready = _width_grads(*grads, following, static)
+    ready = _width_grads(grads, following, static)
     weights = (following, static, rows, scale, *ctx.options)
     if grad_following is None:
         to_streams, *found = join_backward(*ready, *weights, output, beta)

@@ -31,8 +31,8 @@ from torchmetrics.classification import (
     MultilabelF1Score,
 )
 
-from hcvision.connections import Connection, StreamConnection
-from hcvision.convert import checkpoint_filter_fn, create_model
+from hcvision.connections import BACKENDS, Connection, StreamConnection
+from hcvision.convert import checkpoint_filter_fn, create_model, recompute_streams
 from hcvision.data import ImageData
 from hcvision.diffusion import OBJECTIVES, SeededNoise, check_sampler, guide
 from hcvision.dit import DiT, averaged_weights
@@ -79,6 +79,10 @@ class TimmModule(pl.LightningModule):
         ema_decay: evaluate and save an exponential moving average of the weights.
         compile: run the model through torch.compile.
         grad_checkpointing: compute activations again in backward instead of keeping them: less memory, more time.
+        connection_backend: ``torch``; ``triton``, fused kernels, an error where they cannot run; or ``auto``, which
+            takes them on a GPU. Checkpoints do not know of it.
+        connection_recompute: keep the streams of every so many blocks only, and compute those in between again in
+            backward from the branch outputs, which are kept: less memory, hardly more time. 0 keeps them all.
         skip_nonfinite: how many updates may be left out because the loss or its gradient is NaN or infinite; one
             more stops the run.
 
@@ -116,6 +120,8 @@ class TimmModule(pl.LightningModule):
         ema_decay: float | None = None,
         compile: bool = False,
         grad_checkpointing: bool = False,
+        connection_backend: Literal["auto", "torch", "triton"] = "auto",
+        connection_recompute: int = 0,
         skip_nonfinite: int = 0,
     ):
         super().__init__()
@@ -132,7 +138,10 @@ class TimmModule(pl.LightningModule):
             )
         if init_from is not None:
             find_weights(init_from)
-        self.save_hyperparameters()
+        if connection_recompute and (compile or grad_checkpointing):
+            other = "compile, which decides itself what to keep" if compile else "grad_checkpointing, which keeps less"
+            raise ValueError(f"connection_recompute={connection_recompute} has no use with {other}")
+        self.save_hyperparameters(ignore=["connection_backend", "connection_recompute"])  # the run's own
         load_pretrained = pretrained and init_from is None
         try:
             self.model = create_model(
@@ -152,6 +161,10 @@ class TimmModule(pl.LightningModule):
             self.untouched = self.load_weights(init_from)
         if grad_checkpointing:
             self.checkpoint_gradients(model)
+        if connection_backend != "auto":
+            choose_backend(self.model, connection_backend)
+        if connection_recompute:
+            recompute_streams(self.model, connection_recompute)
         if connection_freeze is not None:
             freeze_connections(self.model, connection_freeze)
         self.frozen: list[nn.Parameter] = []
@@ -803,6 +816,18 @@ def download_weights(source: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
         return load_state_dict_from_hf(place, weights_only=True), load_model_config_from_hf(place)[0]
     except (OSError, ValueError, RuntimeError) as error:
         raise ValueError(f"no weights from {source}: {' '.join(str(error).split())}") from error
+
+
+def choose_backend(model: nn.Module, backend: str) -> None:
+    """Let all connections of a model, if it has any, run by ``backend``.
+
+    Raises:
+        ValueError: there is no such backend.
+    """
+    check_name("connection_backend", backend, BACKENDS)
+    for module in model.modules():
+        if isinstance(module, StreamConnection):
+            module.backend = backend
 
 
 def connection_parameters(model: nn.Module) -> list[nn.Parameter]:

@@ -10,7 +10,7 @@ from PIL import Image
 
 if not torch.cuda.is_available():  # for test_kernels.py; Triton reads it when it is imported, by Lightning among others
     os.environ.setdefault("TRITON_INTERPRET", "1")
-import pytorch_lightning as pl  # noqa: E402
+import pytorch_lightning as pl
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["JSONARGPARSE_DEPRECATION_WARNINGS"] = "off"  # Lightning calls what jsonargparse deprecates

@@ -1,6 +1,7 @@
 """hcvision.convert: the converted transformer is the timm one at init, and the papers' with random parameters."""
 
 import copy
+import gc
 import io
 import pickle
 import subprocess
@@ -17,7 +18,15 @@ from timm.optim import create_optimizer_v2
 from torch.nn import functional as F
 
 import hcvision
-from hcvision.connections import Connection, FracConnection, HyperConnection, parse_connection
+from hcvision.benchmark import TensorMemory
+from hcvision.connections import (
+    Connection,
+    FracConnection,
+    HyperConnection,
+    Recipe,
+    StreamConnection,
+    parse_connection,
+)
 from hcvision.convert import checkpoint_filter_fn, convert, create_model
 
 BASE = "vit_tiny_patch16_224"
@@ -394,6 +403,104 @@ def test_grad_checkpointing(connection):
         model(images()).square().sum().backward()
         gradients.append([p.grad for p in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+# recomputation
+
+
+def deep(connection, recompute, blocks=None, depth=7):
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=48, depth=depth, num_heads=3)
+    return randomize(hcvision.convert(model, connection, blocks=blocks, recompute=recompute)).train()
+
+
+def outcome(model, x, again=False):
+    """The output, and the gradients of the input and of every parameter."""
+    torch.manual_seed(3)  # dropout
+    x = x.detach().requires_grad_()
+    out = model(x)
+    out.square().sum().backward(retain_graph=again)
+    if again:
+        out.square().sum().backward()
+    return out, x.grad, *(parameter.grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("recompute", [1, 2, 3, 9])
+@pytest.mark.parametrize("connection", [*FOUR, "dhc1"])
+def test_recompute(connection, recompute):
+    """The same values and gradients to the bit; no branch runs twice."""
+    x = torch.randn(2, 3, 32, 32)
+    kept, model = deep(connection, 0), deep(connection, recompute)
+    for drop in [m for net in (kept, model) for m in net.modules() if isinstance(m, torch.nn.Dropout)]:
+        drop.p = 0.1
+    runs = []
+    for block in model.blocks:
+        block.mlp.register_forward_hook(lambda *_: runs.append(1))
+    for again in (False, True):
+        for one, other in zip(outcome(model, x, again), outcome(kept, x, again), strict=True):
+            assert torch.equal(one, other)
+    assert len(runs) == 2 * 7
+
+
+@pytest.mark.parametrize("blocks", ["2:6", "::2"])
+def test_recompute_of_some_blocks(blocks):
+    x = torch.randn(2, 3, 32, 32)
+    for one, other in zip(outcome(deep("dhc2", 2, blocks), x), outcome(deep("dhc2", 0, blocks), x), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize(("connection", "streams"), [("dhc4", 4), ("shc2", 2), ("dfc2", 1)])
+def test_recompute_memory(connection, streams):
+    """Every third block of nine keeps its streams: what its other sub-layer and those in between had is not there."""
+
+    def held(recompute):
+        model = deep(connection, recompute, depth=9)
+        with TensorMemory() as memory:
+            out = model(torch.randn(2, 3, 32, 32))
+            gc.collect()
+            return memory.now, out
+
+    size = 2 * 17 * 48 * 4 * streams  # bytes of the streams
+    saved = held(0)[0] - held(3)[0]
+    little = 18 * 2 * 17 * 4 * streams * (2 * streams + 2)  # coefficients that recipes hold, at most
+    assert 15 * size - little <= saved <= 15 * size
+
+
+def test_recompute_lets_go():
+    """Backward frees what recipes hold, while the output is still there."""
+    out = deep("dhc2", 3)(torch.randn(2, 3, 32, 32))
+    before = sum(type(thing) is Recipe for thing in gc.get_objects())
+    out.sum().backward()
+    assert before > sum(type(thing) is Recipe for thing in gc.get_objects()) == 0
+
+
+def test_recompute_and_checkpoint():
+    """Beside gradient checkpointing it changes nothing."""
+    x = torch.randn(2, 3, 32, 32)
+    both = deep("dhc2", 3)
+    both.set_grad_checkpointing()
+    for one, other in zip(outcome(both, x), outcome(deep("dhc2", 0), x), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_changed_streams_are_kept():
+    """Streams that somebody changes in place, or replaces, are kept as they are."""
+    x = torch.randn(2, 3, 32, 32)
+    results = []
+    for recompute in (0, 9):
+        model = deep("dhc2", recompute)
+        model.blocks[2].register_forward_hook(lambda module, args, out: out.mul_(1.5))
+        model.blocks[4].register_forward_hook(lambda module, args, out: out.flip(0))
+        results.append(outcome(model, x))
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+
+
+def test_recompute_errors():
+    with pytest.raises(ValueError, match="recompute must be an integer of at least 0, got -1"):
+        deep("dhc2", -1)
+    with pytest.raises(ValueError, match="recompute=2 needs a model with connections, this VisionTransformer has none"):
+        hcvision.recompute_streams(timm.create_model("vit_tiny_patch16_224", depth=1), 2)
+    model = hcvision.recompute_streams(deep("dhc2", 3), 0)
+    assert not any(part.records or part.recompute for part in model.modules() if isinstance(part, StreamConnection))
 
 
 # features

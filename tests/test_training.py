@@ -17,6 +17,7 @@ from conftest import randomize
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from hcvision.connections import StreamConnection
 from hcvision.data import ImageData
 from hcvision.runs import equip, keep_metrics, metrics_files, read_checkpoint
 from hcvision.sampling import Sampling, enlarge, grid
@@ -248,6 +249,10 @@ def test_compile_keeps_keys_and_values(build, trainer_args):
         ({"sched": "cosin"}, "unknown sched 'cosin'; did you mean cosine"),
         ({"connection": "dhc"}, "connection must be 'residual' or one of"),
         ({"warmup_steps": 1, "warmup_epochs": 1}, "give warmup_steps or warmup_epochs"),
+        ({"connection": "dhc2", "connection_backend": "cuda"}, "unknown connection_backend 'cuda'"),
+        ({"connection_recompute": 2}, "recompute=2 needs a model with connections"),
+        ({"connection_recompute": 2, "compile": True}, "connection_recompute=2 has no use with compile"),
+        ({"connection_recompute": 2, "grad_checkpointing": True}, "has no use with grad_checkpointing"),
     ],
 )
 def test_wrong_arguments(build, arguments, message):
@@ -831,6 +836,25 @@ def test_gradient_checkpointing_changes_memory_and_nothing_else(build, images):
         gradients.append([parameter.grad for parameter in model.parameters()])
     for a, b in zip(*gradients, strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_backend_and_recomputation_are_of_the_run(build, fit, tmp_path):
+    """They reach the connections, change no gradient, and are not in the checkpoint."""
+    torch.manual_seed(0)
+    model = build(connection="dhc2", connection_backend="torch", connection_recompute=2)
+    torch.manual_seed(1)
+    fit(model)
+    parts = [part for part in model.modules() if isinstance(part, StreamConnection)]
+    assert {part.backend for part in parts} == {"torch"}
+    assert [part.recompute for part in parts] == [False, True, True, True]
+    torch.manual_seed(0)
+    plain = build(connection="dhc2")
+    torch.manual_seed(1)
+    fit(plain)
+    for one, other in zip(model.model.parameters(), plain.model.parameters(), strict=True):
+        assert torch.equal(one, other)
+    assert not [name for name in model.hparams if name in ("connection_backend", "connection_recompute")]
+    assert "connection_freeze" in model.hparams
 
 
 @pytest.mark.parametrize("kind", ["run", "checkpoint", "hub folder"])
