@@ -221,7 +221,10 @@ def measure(
             step()  # libraries allocate, the compiler works
             before = torch.cuda.memory_allocated()
             peaks[key] = peak_memory(step, device) - before
+    gc.collect()
+    gc.freeze()  # so that garbage is collected between steps, and in no time
     times = interleaved_times(steps, rounds, device, gc.collect)
+    gc.unfreeze()
 
     rows = []
     for variant in trunks:

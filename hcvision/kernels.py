@@ -128,6 +128,30 @@ if triton is not None:
         return numbers
 
     @triton.jit
+    def _project(
+        projected, square, total, h, rows, e,
+        S: tl.constexpr, K: tl.constexpr, E: tl.constexpr, NORM: tl.constexpr, CENTER: tl.constexpr,
+        BT: tl.constexpr, BC: tl.constexpr, LANES: tl.constexpr,
+    ):  # fmt: skip
+        """What the columns e of the streams h add to projections (K, S), squares (S,) and sums (S,), lane by lane."""
+        projections = ()
+        for k in tl.static_range(K):
+            row = _load_row(rows + k * E, e, E, BT, BC)
+            for i in tl.static_range(S):
+                projections = projections + (projected[k * S + i] + _lane_sums(h[i] * row, BT, BC, LANES),)
+        if NORM:
+            squares = ()
+            for i in tl.static_range(S):
+                squares = squares + (square[i] + _lane_sums(h[i] * h[i], BT, BC, LANES),)
+            square = squares
+            if CENTER:
+                totals = ()
+                for i in tl.static_range(S):
+                    totals = totals + (total[i] + _lane_sums(h[i], BT, BC, LANES),)
+                total = totals
+        return projections, square, total
+
+    @triton.jit
     def _put(tile, number, place: tl.constexpr, W: tl.constexpr):
         """Number (BT,) into a column of a tile (BT, W), which is stored whole: single stores would leave the warp."""
         return tl.where((tl.arange(0, W) == place)[None, :], number[:, None], tile)
@@ -182,22 +206,9 @@ if triton is not None:
                     mixed = mixed + (new.to(tl.float32),)
                 h = mixed
             if WIDTH and DYNAMIC:
-                sums = ()
-                for k in tl.static_range(K):
-                    row = _load_row(rows + k * E, e, E, BT, BC)
-                    for i in tl.static_range(S):
-                        sums = sums + (projected[k * S + i] + _lane_sums(h[i] * row, BT, BC, LANES),)
-                projected = sums
-                if NORM:
-                    squares = ()
-                    for i in tl.static_range(S):
-                        squares = squares + (square[i] + _lane_sums(h[i] * h[i], BT, BC, LANES),)
-                    square = squares
-                    if CENTER:
-                        totals = ()
-                        for i in tl.static_range(S):
-                            totals = totals + (total[i] + _lane_sums(h[i], BT, BC, LANES),)
-                        total = totals
+                projected, square, total = _project(
+                    projected, square, total, h, rows, e, S, K, E, NORM, CENTER, BT, BC, LANES
+                )
         if WIDTH:
             read = ()
             alphas = tl.zeros([BT, W], tl.float32)
@@ -272,22 +283,9 @@ if triton is not None:
                             sums = sums + (through[i * (V + S) + k] + _lane_sums(h[i] * g[k], BT, BC, LANES),)
                     through = sums
                     if DYNAMIC:
-                        sums = ()
-                        for k in tl.static_range(K):
-                            row = _load_row(rows + k * E, e, E, BT, BC)
-                            for i in tl.static_range(S):
-                                sums = sums + (projected[k * S + i] + _lane_sums(h[i] * row, BT, BC, LANES),)
-                        projected = sums
-                        if NORM:
-                            squares = ()
-                            for i in tl.static_range(S):
-                                squares = squares + (square[i] + _lane_sums(h[i] * h[i], BT, BC, LANES),)
-                            square = squares
-                            if CENTER:
-                                totals = ()
-                                for i in tl.static_range(S):
-                                    totals = totals + (total[i] + _lane_sums(h[i], BT, BC, LANES),)
-                                total = totals
+                        projected, square, total = _project(
+                            projected, square, total, h, rows, e, S, K, E, NORM, CENTER, BT, BC, LANES
+                        )
                 grads = tl.zeros([BT, W], tl.float32)
                 dynamic_parts = tl.zeros([BT, W], tl.float32)
                 coefficients = ()  # alpha, (S, V + S)
