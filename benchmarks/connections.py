@@ -10,7 +10,8 @@ entry, exit and final norm included, eager, against the same trunk with residual
 this library; ``recompute-dhc2`` the same with ``convert(..., recompute=4)``; ``textbook-dhc2`` the
 papers' formula, written down with matmul and autograd; ``peer-dhc2`` the package hyper-connections
 around the same branches, with an RMSNorm. ``--compile`` adds each trunk through torch.compile, against
-the compiled residual trunk and against its own eager step; ``recompute`` is for eager mode.
+the compiled residual trunk and against its own eager step; ``recompute`` is for eager mode. Compiling takes a
+minute or more per trunk.
 
 How: first the library's output and gradients are held against the textbook in float64, with random
 connection parameters; where they differ the script says so and exits with 1. Then the variants take

@@ -650,7 +650,7 @@ def create_model(name: str, connection: str | None = None, *, pretrained: bool =
             folder brings them.
         **kwargs: everything ``timm.create_model`` takes, and ``connection_blocks``,
             ``connection_tanh``, ``connection_norm``, ``connection_arrangement``, ``connection_backend``,
-    ``connection_recompute`` for ``convert``.
+            ``connection_recompute`` for ``convert``.
 
     Raises:
         ValueError: an unknown connection, or a model that cannot be converted.
