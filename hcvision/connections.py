@@ -558,10 +558,10 @@ def depth_connection(
         mixed = _mix(streams, carried, output, beta)
     else:
         with _no_autocast(streams.device.type):
-            if _takes_kernels(streams, backend):
-                mixed = kernels.depth(link, streams.detach(), output.to(streams.dtype), alpha.detach(), beta)
-            elif _plain():
+            if link is streams:  # as the plain operations leave it
                 mixed = _mix(streams, carried, output, beta)
+            elif _takes_kernels(streams, backend):
+                mixed = kernels.depth(link, streams.detach(), output.to(streams.dtype), alpha.detach(), beta)
             else:
                 mixed = _Depth.apply(link, carried.detach(), output, beta)
     return mixed.flatten(-2).to(streams.dtype)
@@ -575,7 +575,7 @@ def join_connections(
     norm, center, tanh, backend = options
     if torch.jit.is_scripting():
         pass
-    elif _takes_kernels(streams, backend):
+    elif link is not streams and _takes_kernels(streams, backend):
         static, rows, scale = _prepare(rule, center and norm, streams.dtype)
         output = output.to(streams.dtype)
         streams, views, alpha, beta, link = kernels.join(
@@ -736,7 +736,7 @@ class Recipe:
         assert streams is not None
         for recipe in reversed(pending):
             output, alpha, beta = recipe.ingredients
-            following = depth_connection(streams, output, alpha, beta, streams, recipe.backend)
+            following = depth_connection(streams, output, alpha, beta, streams.detach(), recipe.backend)
             streams = following.unflatten(-1, streams.shape[-2:])
             recipe.made = streams
         self.made = None

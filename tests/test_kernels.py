@@ -256,6 +256,26 @@ def test_compile(name, compiler):
         torch.testing.assert_close(ours[key], value, rtol=1e-5, atol=1e-5, msg=lambda text, key=key: f"{key}: {text}")
 
 
+@pytest.mark.parametrize("name", ["dhc2", "dfc2"])
+def test_compile_scaled_streams(name):
+    """Compiled, streams that a block scales itself are carried with the gradients that they have in eager mode."""
+    connection = randomize(build_connection(name, 8, backend="triton"), 0.5).to(DEVICE)
+
+    def run(x, scale):
+        view, carried = connection.width_connection(x)
+        return connection.depth_connection(view.sin(), connection.carry(x * scale, carried))
+
+    def gradients(function):
+        x = torch.arange(6.0 * connection.width, device=DEVICE).sin().view(6, -1).requires_grad_()
+        scale = torch.linspace(0.5, 2, connection.width, device=DEVICE).requires_grad_()
+        out = function(x, scale)
+        return torch.autograd.grad(out.cos().sum(), [x, scale, *connection.parameters()])
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    for a, b in zip(gradients(compiled), gradients(run), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_checkpoint(reentrant):
     """Gradient checkpointing computes the same."""
