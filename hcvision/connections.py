@@ -27,12 +27,14 @@ from typing import Any, Optional, Tuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from hcvision import kernels
 
 KINDS = ("shc", "dhc", "sfc", "dfc")
 ARRANGEMENTS = ("sequential", "parallel")
 BACKENDS = ("auto", "torch", "triton")
+MOST_COEFFICIENTS = 80  # of a token, for the kernels that auto takes: dhc8, dfc5
 
 Rule = Tuple[Tensor, Tensor, Optional[Tensor], Optional[Tensor], Optional[Tensor], Optional[Tensor], Optional[Tensor]]
 Options = Tuple[bool, bool, bool, str]
@@ -529,7 +531,7 @@ def width_connection(streams: Tensor, rule: Rule, options: Options) -> Tuple[Ten
         link = streams
     else:
         with _no_autocast(streams.device.type):
-            if _takes_kernels(streams, backend):
+            if _takes_kernels(streams, rule[0].shape[1] - rule[0].shape[0], backend):
                 views, alpha, beta, link = kernels.width(streams, static, rows, scale, norm, center, tanh)
             elif _plain():
                 views, alpha, beta, _ = _read(streams, static, rows, scale, norm, center, tanh)
@@ -560,8 +562,8 @@ def depth_connection(
         with _no_autocast(streams.device.type):
             if link is streams:  # as the plain operations leave it
                 mixed = _mix(streams, carried, output, beta)
-            elif _takes_kernels(streams, backend):
-                mixed = kernels.depth(link, streams.detach(), output.to(streams.dtype), alpha.detach(), beta)
+            elif _takes_kernels(streams, output.shape[-2], backend):
+                mixed = kernels.depth(link, streams.detach(), _for_kernels(output, streams), alpha.detach(), beta)
             else:
                 mixed = _Depth.apply(link, carried.detach(), output, beta)
     return mixed.flatten(-2).to(streams.dtype)
@@ -575,12 +577,10 @@ def join_connections(
     norm, center, tanh, backend = options
     if torch.jit.is_scripting():
         pass
-    elif link is not streams and _takes_kernels(streams, backend):
+    elif link is not streams and _takes_kernels(streams, output.shape[-2], backend):
         static, rows, scale = _prepare(rule, center and norm, streams.dtype)
-        output = output.to(streams.dtype)
-        streams, views, alpha, beta, link = kernels.join(
-            link, streams.detach(), output, alpha.detach(), beta, static, rows, scale, norm, center, tanh
-        )
+        carried = (link, streams.detach(), _for_kernels(output, streams), alpha.detach(), beta)
+        streams, views, alpha, beta, link = kernels.join(*carried, static, rows, scale, norm, center, tanh)
         return views.flatten(-2), streams, alpha, beta, link
     x = depth_connection(streams, output, alpha, beta, link, backend)
     return width_connection(x.unflatten(-1, (streams.shape[-2], streams.shape[-1])), rule, options)
@@ -602,15 +602,22 @@ def _prepare(rule: Rule, center: bool, dtype: torch.dtype) -> Tuple[Tensor, Opti
     return static, rows, scale
 
 
-def _takes_kernels(streams: Tensor, backend: str) -> bool:
+def _takes_kernels(streams: Tensor, views: int, backend: str) -> bool:
+    """Whether this connection runs as kernels."""
     if backend == "torch" or torch.jit.is_tracing() or torch.compiler.is_exporting():
         return False
-    if backend == "auto" and not streams.is_cuda:
+    number = streams.shape[-2] * (views + streams.shape[-2] + 1)  # dfc6 and above take minutes to compile
+    if backend == "auto" and (not streams.is_cuda or number > MOST_COEFFICIENTS):
         return False
     why_not = kernels.why_not(streams)
     if why_not and backend == "triton":
         raise ValueError(f"backend='triton' cannot run the kernels: {why_not}; backend='auto' takes PyTorch there")
     return not why_not
+
+
+def _for_kernels(output: Tensor, streams: Tensor) -> Tensor:
+    """The branch output itself, which may have a type of its own, as under autocast."""
+    return output if output.dtype in kernels.DTYPES else output.to(streams.dtype)
 
 
 def _plain() -> bool:
@@ -711,8 +718,8 @@ def _add_mixed(mixed: Tensor, grad: Tensor, alpha: Tensor) -> Tensor:
 
 
 # Recomputation: what the depth-connection makes follows from what was there before and the branch output,
-# which is kept anyway. A recipe says so, and goes with the streams as an attribute of the tensor; autograd
-# then keeps the recipe in the place of the streams.
+# which is kept anyway. A recipe says so, and lives as long as the tensor that it describes, or as autograd
+# keeps it in the place of the streams.
 
 
 class Recipe:
@@ -743,23 +750,29 @@ class Recipe:
         return streams
 
 
+RECIPES: Any = WeakTensorKeyDictionary()
+
+
 def record(x: Tensor, streams: Tensor, output: Tensor, alpha: Tensor, beta: Tensor, backend: str) -> None:
     """Note on x, (..., S*E), how it follows from the streams before it."""
-    if isinstance(x, torch.fx.Proxy) or _plain():
+    if isinstance(x, torch.fx.Proxy) or _plain() or kernels.under_functorch():
         return
-    before = getattr(streams, "recipe", streams.detach())
+    before = RECIPES.get(streams, streams.detach())
     ingredients = (output.detach(), alpha.detach(), beta.detach())
-    x.recipe = Recipe(before, ingredients, backend, x._version)  # type: ignore[attr-defined]
+    RECIPES[x] = Recipe(before, ingredients, backend, x._version)
 
 
 @contextlib.contextmanager
 def keep_recipe(x: Tensor, streams: Tensor) -> Iterator[None]:
     """Let autograd keep the recipe of x, if it has one, wherever it would keep the streams (..., S, E), a view of x."""
-    recipe = getattr(x, "recipe", None)
-    if not isinstance(recipe, Recipe) or recipe.version != x._version:
+    if isinstance(x, torch.fx.Proxy) or _plain() or kernels.under_functorch():
         yield
         return
-    streams.recipe = recipe  # type: ignore[attr-defined]
+    recipe = RECIPES.get(x)
+    if recipe is None or recipe.version != x._version:
+        yield
+        return
+    RECIPES[streams] = recipe
     place = (streams.data_ptr(), streams.shape)
 
     def pack(tensor: Tensor) -> Tensor | Recipe:

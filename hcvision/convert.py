@@ -376,7 +376,8 @@ def recompute_streams(model: Any, every: int) -> nn.Module:
 
     The streams in between are computed again in backward, by the update rule alone, no branch runs twice
     (mHC, arXiv 2512.24880, section 4.3). Values and gradients stay what they are, to the bit. For eager mode:
-    a compiled model keeps what its compiler decides.
+    a compiled model keeps what its compiler decides. Where something replaces the tensor between two blocks, as
+    FSDP2 does, the streams behind it are kept; hooks on saved tensors see them there alone.
 
     Args:
         model: a model with connections.

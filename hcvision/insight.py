@@ -103,7 +103,7 @@ def _wrap(connection: Any, previous: Any, note: Callable[[Passage], None], enter
         if mixed.data_ptr() != streams.data_ptr() and not torch.equal(mixed, streams):
             raise ValueError("a block that scales its streams itself cannot be looked into")
         parts = [part.detach().unflatten(-1, (-1, size)) for part in (streams, view, branch_output, after)]
-        alpha, beta = connection.weights(streams)
+        alpha, beta = carried[1:3]
         note(Passage(Mixing(alpha.detach(), beta.detach(), enters, leaves), *parts))
         return after
 

@@ -25,6 +25,7 @@ back to H in the pass in which it reads H anyway.
 Letters in shapes: T tokens, S streams, V views, E stream width, K = V + S + 1 coefficients of a stream.
 """
 
+import contextlib
 import os
 from collections.abc import Callable
 from typing import Any, Optional, Tuple
@@ -54,9 +55,14 @@ def why_not(streams: Tensor) -> str:
         return f"they take float32, bfloat16 and float16, got {str(streams.dtype).removeprefix('torch.')}"
     if streams.shape[-2] > MOST_STREAMS:
         return f"they take rates up to {MOST_STREAMS}, got {streams.shape[-2]}"
-    if torch._C._functorch.maybe_current_level() is not None and not torch.compiler.is_compiling():
+    if under_functorch():
         return "they do not run under torch.func"
     return ""
+
+
+def under_functorch() -> bool:
+    """Whether torch.func is at work: vmap, grad, jvp, ..."""
+    return torch._C._functorch.maybe_current_level() is not None and not torch.compiler.is_compiling()
 
 
 if triton is not None:
@@ -421,7 +427,8 @@ def _sizes(streams: Tensor, views: int) -> tuple[int, int, int, int]:
 def _launch(kernel: Any, programs: int, tensors: list[Optional[Tensor]], numbers: list[int], options: dict) -> None:
     """Run a kernel; a tensor that it does not touch is None here and any other one there."""
     some = next(tensor for tensor in tensors if tensor is not None)
-    kernel[(programs,)](*(some if tensor is None else tensor for tensor in tensors), *numbers, **options)
+    with torch.cuda.device(some.device) if some.is_cuda else contextlib.nullcontext():  # Triton takes the current one
+        kernel[(programs,)](*(some if tensor is None else tensor for tensor in tensors), *numbers, **options)
 
 
 def _forward(

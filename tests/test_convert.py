@@ -473,6 +473,36 @@ def test_recompute_lets_go():
     assert before > sum(type(thing) is Recipe for thing in gc.get_objects()) == 0
 
 
+def test_recompute_under_func():
+    """torch.func sees a model that keeps its streams."""
+    model, kept = deep("dhc2", 3, depth=2), deep("dhc2", 0, depth=2)
+    x = torch.randn(2, 3, 32, 32)
+    one, other = (torch.func.grad(lambda x, net=net: net(x).square().sum())(x) for net in (model, kept))
+    assert torch.equal(one, other)
+
+
+def test_recompute_and_one_compiled_block():
+    """A block that is compiled by itself, in one graph, takes streams as they come."""
+    model, x = deep("dhc2", 9, depth=4), torch.randn(2, 3, 32, 32)
+    expected = outcome(deep("dhc2", 0, depth=4), x)
+    model.blocks[2].compile(fullgraph=True, backend="aot_eager")
+    for one, other in zip(outcome(model, x), expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+def test_recompute_and_saved_streams():
+    """Streams that are written to a file are written alone."""
+    files = []
+    for recompute in (0, 9):
+        taps = with_block_outputs(model := deep("dhc2", recompute))
+        model(torch.randn(2, 3, 32, 32))
+        torch.save(taps[-1], file := io.BytesIO())
+        file.seek(0)
+        assert torch.load(file, weights_only=True).shape == taps[-1].shape
+        files.append(len(file.getvalue()))
+    assert files[0] == files[1]
+
+
 def test_recompute_and_checkpoint():
     """Beside gradient checkpointing it changes nothing."""
     x = torch.randn(2, 3, 32, 32)
