@@ -481,6 +481,7 @@ def test_recompute_under_func():
     assert torch.equal(one, other)
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # of torch.compile itself
 def test_recompute_and_one_compiled_block():
     """A block that is compiled by itself, in one graph, takes streams as they come."""
     model, x = deep("dhc2", 9, depth=4), torch.randn(2, 3, 32, 32)
