@@ -98,7 +98,8 @@ def compare_again(out, root, monkeypatch, capsys):
 MODEL = {  # what an ImageClassifier and ImageData are by default, without None
     "pretrained": False, "freeze_epochs": 0, "linear_probe": False, "opt": "adamw", "weight_decay": 0.05,
     "connection_lr_factor": 1.0, "connection_decay": False, "sched": "cosine", "warmup_steps": 0, "warmup_epochs": 0.0,
-    "warmup_lr": 0.0, "min_lr": 0.0, "compile": False, "grad_checkpointing": False, "skip_nonfinite": 0,
+    "warmup_lr": 0.0, "min_lr": 0.0, "compile": False, "grad_checkpointing": False,
+    "connection_backend": "auto", "connection_recompute": 0, "skip_nonfinite": 0,
     "label_smoothing": 0.0, "mixup": 0.0, "cutmix": 0.0, "mixup_prob": 1.0, "multi_label": False,
 }  # fmt: skip
 DATA = {
