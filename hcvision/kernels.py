@@ -439,7 +439,6 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What ``_forward_kernel`` writes: the next streams, and their views, alpha and beta."""
     T, S, V, E = _sizes(streams, views)
-    lead = streams.shape[:-2]
     output, alpha, beta = (part.contiguous() for part in depth) if depth else (None,) * 3
     static, rows, scale, norm, center, tanh = width or (None, None, None, False, False, False)
     following = torch.empty(streams.shape if depth else (0,), dtype=streams.dtype, device=streams.device)
@@ -454,7 +453,6 @@ def _forward(
             **tile,
         }  # fmt: skip
         _launch(_forward_kernel, triton.cdiv(T, tile["BT"]), tensors, [T], options)
-    assert new_views.shape[:-2] == lead or not width
     return following, new_views, new_alpha, new_beta
 
 
