@@ -20,9 +20,10 @@ Letters in shapes: B batch, N tokens, S streams, V views, E stream width, K mixt
 """
 
 import contextlib
+import inspect
 import re
 from collections.abc import Callable, Iterator
-from typing import Any, Optional, Tuple
+from typing import Any, List, Optional, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -358,7 +359,7 @@ class StreamConnection(Connection):
         """
         _, alpha, beta, _ = carried
         streams = split_streams(x, self.streams, self.stream_dim)
-        return streams, alpha, beta, carry_streams(streams, alpha)
+        return streams, alpha, beta, carry_streams(streams, alpha, self.views)
 
     def extra_repr(self) -> str:
         options = "".join(f", {name}=False" for name in ("tanh", "norm") if not getattr(self, name))
@@ -525,29 +526,53 @@ def width_connection(streams: Tensor, rule: Rule, options: Options) -> Tuple[Ten
     parameters and options are those of ``StreamConnection``.
     """
     norm, center, tanh, backend = options
-    static, rows, scale = _prepare(rule, center and norm, streams.dtype)
+    views, alone = rule[0].shape[1] - rule[0].shape[0], rule[1].dim() == 1
     if torch.jit.is_scripting():
-        views, alpha, beta, _ = _read(streams, static, rows, scale, norm, center, tanh)
+        static, rows, scale = _prepare(rule, center and norm, streams.dtype)
+        mixed, alpha, beta, _ = _read(streams, views, alone, static, rows, scale, norm, center, tanh)
         link = streams
     else:
         with _no_autocast(streams.device.type):
-            if _takes_kernels(streams, rule[0].shape[1] - rule[0].shape[0], backend):
-                views, alpha, beta, link = kernels.width(streams, static, rows, scale, norm, center, tanh)
+            static, rows, scale = _prepare_at_once(rule, center and norm, streams.dtype)
+            if _takes_kernels(streams, views, backend, alone):
+                mixed, alpha, beta, link = kernels.width(streams, static, rows, scale, norm, center, tanh)
             elif _plain():
-                views, alpha, beta, _ = _read(streams, static, rows, scale, norm, center, tanh)
+                mixed, alpha, beta, _ = _read(streams, views, alone, static, rows, scale, norm, center, tanh)
                 link = streams
             else:
-                views, link, alpha, beta, _ = _Width.apply(streams, static, rows, scale, norm, center, tanh)
-    return views.flatten(-2).to(streams.dtype), streams, alpha, beta, link
+                mixed, link, alpha, beta = _Width.apply(streams, views, alone, static, rows, scale, norm, center, tanh)[:4]
+    return mixed.flatten(-2).to(streams.dtype), streams, alpha, beta, link
 
 
 @torch.fx.wrap
-def carry_streams(streams: Tensor, alpha: Tensor) -> Tensor:
+def read_streams(
+    streams: Tensor, alpha: Tensor, beta: Tensor, views: int
+) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """``width_connection`` by weights that are there already: alpha (..., S, V+S) and beta.
+
+    An alpha (..., S) is that of one view, and carries the streams as they are.
+    """
+    link = streams
+    columns = alpha[..., None] if alpha.dim() < streams.dim() else alpha
+    if torch.jit.is_scripting():
+        mixed = _mix(streams, columns[..., :views], None, None)
+    else:
+        with _no_autocast(streams.device.type):
+            if _plain():
+                mixed = _mix(streams, columns[..., :views], None, None)
+            else:
+                mixed, link = _Weighed.apply(streams, columns, views)
+    return mixed.flatten(-2).to(streams.dtype), streams, alpha, beta, link
+
+
+@torch.fx.wrap
+def carry_streams(streams: Tensor, alpha: Tensor, views: int) -> Tensor:
     """The link of streams (..., S, E) that are to be carried, where they are not those that were read."""
     if torch.jit.is_scripting():
         return streams
     else:
-        return streams if _plain() else _Carry.apply(streams, alpha)
+        columns = alpha[..., None] if alpha.dim() < streams.dim() else alpha
+        return streams if _plain() else _Weighed.apply(streams, columns, views)[1]
 
 
 @torch.fx.wrap
@@ -555,17 +580,19 @@ def depth_connection(
     streams: Tensor, output: Tensor, alpha: Tensor, beta: Tensor, link: Tensor, backend: str
 ) -> Tensor:
     """The next streams (..., S*E) from the branch output (..., V, E) and the four parts of the carried streams."""
-    carried = alpha[..., alpha.shape[-1] - alpha.shape[-2] :]
+    carried: Optional[Tensor] = None
+    if alpha.dim() == streams.dim():
+        carried = alpha[..., output.shape[-2] :]
     if torch.jit.is_scripting():
-        mixed = _mix(streams, carried, output, beta)
+        mixed = _write(streams, carried, output, beta)
     else:
         with _no_autocast(streams.device.type):
             if link is streams:  # as the plain operations leave it
-                mixed = _mix(streams, carried, output, beta)
-            elif _takes_kernels(streams, output.shape[-2], backend):
+                mixed = _write(streams, carried, output, beta)
+            elif _takes_kernels(streams, output.shape[-2], backend, alpha.dim() > beta.dim()):
                 mixed = kernels.depth(link, streams.detach(), _for_kernels(output, streams), alpha.detach(), beta)
             else:
-                mixed = _Depth.apply(link, carried.detach(), output, beta)
+                mixed = _Depth.apply(link, None if carried is None else carried.detach(), output, beta)
     return mixed.flatten(-2).to(streams.dtype)
 
 
@@ -577,8 +604,8 @@ def join_connections(
     norm, center, tanh, backend = options
     if torch.jit.is_scripting():
         pass
-    elif link is not streams and _takes_kernels(streams, output.shape[-2], backend):
-        static, rows, scale = _prepare(rule, center and norm, streams.dtype)
+    elif link is not streams and _takes_kernels(streams, output.shape[-2], backend, alpha.dim() > beta.dim()):
+        static, rows, scale = _prepare_at_once(rule, center and norm, streams.dtype)
         carried = (link, streams.detach(), _for_kernels(output, streams), alpha.detach(), beta)
         streams, views, alpha, beta, link = kernels.join(*carried, static, rows, scale, norm, center, tanh)
         return views.flatten(-2), streams, alpha, beta, link
@@ -587,14 +614,17 @@ def join_connections(
 
 
 def _prepare(rule: Rule, center: bool, dtype: torch.dtype) -> Tuple[Tensor, Optional[Tensor], Optional[Tensor]]:
-    """Static alpha and beta (S, V+S+1), the dynamic projections as rows (V+S+1, E), and their scales (V+S+1,)."""
+    """Static alpha and beta (S, K), the dynamic projections as rows (K, E), and their scales (K,) or (S, K)."""
     static_alpha, static_beta, alpha_fn, beta_fn, alpha_scale, beta_scale, norm_weight = rule
     dtype = torch.promote_types(dtype, torch.float32)
-    static = torch.cat([static_alpha, static_beta[:, None]], dim=1).to(dtype)
+    columns = static_beta if static_beta.dim() == 2 else static_beta[:, None]
+    static = torch.cat([static_alpha, columns], dim=1).to(dtype)
     if alpha_fn is None or beta_fn is None or alpha_scale is None or beta_scale is None:
         return static, None, None
     rows = torch.cat([alpha_fn.mT, beta_fn.mT]).to(dtype)
-    scale = torch.cat([alpha_scale.expand(rows.shape[0] - 1), beta_scale]).to(dtype)
+    if alpha_scale.dim() == 1:
+        alpha_scale = alpha_scale.expand(alpha_fn.shape[1])
+    scale = torch.cat([alpha_scale, beta_scale], dim=-1).to(dtype)
     if norm_weight is not None:
         rows = rows * norm_weight.to(dtype)
     if center:
@@ -602,14 +632,19 @@ def _prepare(rule: Rule, center: bool, dtype: torch.dtype) -> Tuple[Tensor, Opti
     return static, rows, scale
 
 
-def _takes_kernels(streams: Tensor, views: int, backend: str) -> bool:
-    """Whether this connection runs as kernels."""
+def _prepare_at_once(rule: Rule, center: bool, dtype: torch.dtype) -> Any:
+    """``_prepare`` with one node in the graph of gradients."""
+    return _prepare(rule, center, dtype) if _plain() else _Prepare.apply(center, dtype, *rule)
+
+
+def _takes_kernels(streams: Tensor, views: int, backend: str, fits: bool) -> bool:
+    """Whether this connection runs as kernels, which take mixed streams and for each of them one number of beta."""
     if backend == "torch" or torch.jit.is_tracing() or torch.compiler.is_exporting():
         return False
     number = streams.shape[-2] * (views + streams.shape[-2] + 1)  # dfc6 and above take minutes to compile
     if backend == "auto" and (not streams.is_cuda or number > MOST_COEFFICIENTS):
         return False
-    why_not = kernels.why_not(streams)
+    why_not = kernels.why_not(streams) if fits else "there are none for this kind"
     if why_not and backend == "triton":
         raise ValueError(f"backend='triton' cannot run the kernels: {why_not}; backend='auto' takes PyTorch there")
     return not why_not
@@ -638,15 +673,20 @@ def _exact_matmul(tensor: Tensor) -> bool:
 
 
 def _mix(streams: Tensor, alpha: Tensor, output: Optional[Tensor], beta: Optional[Tensor]) -> Tensor:
-    """alpha^T @ streams (+ beta * output): (..., S, E), (..., S, K), (..., V, E), (..., S) -> (..., K, E)."""
-    first = 0
+    """alpha^T @ streams (+ beta * output): (..., S, E), (..., S, K), (..., K or 1, E), (..., S) -> (..., K, E).
+
+    An output without beta is added as it is.
+    """
     if torch.jit.is_scripting():
         pass
     elif not _plain() and alpha.shape[-1] > 1 and _exact_matmul(streams):
         mixed = _laid_out_like(streams, alpha.mT @ streams.to(alpha.dtype))
-        return mixed if output is None or beta is None else mixed.addcmul_(beta[..., None], output)
-    if output is not None and beta is not None:
-        mixed = beta[..., None] * output
+        if output is None:
+            return mixed
+        return mixed.add_(output) if beta is None else mixed.addcmul_(beta[..., None], output)
+    first = 0
+    if output is not None:
+        mixed = output if beta is None else beta[..., None] * output
     else:
         mixed = alpha[..., 0, :, None] * streams[..., 0, None, :]
         first = 1
@@ -659,6 +699,15 @@ def _mix(streams: Tensor, alpha: Tensor, output: Optional[Tensor], beta: Optiona
     return mixed
 
 
+def _write(streams: Tensor, alpha: Optional[Tensor], output: Tensor, beta: Tensor) -> Tensor:
+    """alpha^T @ streams + beta * output, or + beta @ output for a beta (..., S, V). None leaves the streams as they are."""
+    if alpha is None:
+        return torch.addcmul(streams.to(beta.dtype), beta[..., None], output)
+    if beta.dim() == streams.dim():
+        return _mix(streams, alpha, _mix(output, beta.mT, None, None), None)
+    return _mix(streams, alpha, output, beta)
+
+
 def _laid_out_like(streams: Tensor, mixed: Tensor) -> Tensor:
     """Keep the memory layout of x, as ``x + branch(x)`` does: what follows may round by it."""
     if _plain() or mixed.shape != streams.shape or mixed.stride() == streams.stride():
@@ -666,10 +715,10 @@ def _laid_out_like(streams: Tensor, mixed: Tensor) -> Tensor:
     return torch.empty_like(streams, dtype=mixed.dtype).copy_(mixed)
 
 
-def _inverse_deviation(streams: Tensor, center: bool) -> Tuple[Tensor, Optional[Tensor]]:
+def _inverse_deviation(streams: Tensor, center: bool) -> Tuple[Tensor, Tensor]:
     """What LayerNorm (center) or RMSNorm multiplies a stream by, and the mean that LayerNorm takes: (..., S, 1)."""
-    mean: Optional[Tensor] = None
     variance = torch.linalg.vector_norm(streams, dim=-1, keepdim=True).square() / streams.shape[-1]
+    mean = variance
     if center:
         mean = streams.mean(-1, keepdim=True)
         variance = (variance - mean.square()).clamp(min=0.0)
@@ -678,27 +727,37 @@ def _inverse_deviation(streams: Tensor, center: bool) -> Tuple[Tensor, Optional[
 
 def _read(
     streams: Tensor,
+    views: int,
+    alone: bool,
     static: Tensor,
     rows: Optional[Tensor],
     scale: Optional[Tensor],
     norm: bool,
     center: bool,
     tanh: bool,
-) -> Tuple[Tensor, Tensor, Tensor, Optional[Tensor]]:
-    """Views (..., V, E), alpha (..., S, V+S), beta (..., S) and, if dynamic, norm(H) @ rows^T (..., S, V+S+1)."""
-    projected: Optional[Tensor] = None
+) -> Tuple[Tensor, Tensor, Tensor, List[Tensor]]:
+    """Views (..., V, E), alpha (..., S, V+S), beta (..., S), where one column of it stands alone, or (..., S, V).
+
+    And what the dynamic coefficients are made of: norm(H) @ rows^T (..., S, K), its tanh, 1 / deviation (..., S, 1)
+    and the mean, as far as there are any.
+    """
+    made: List[Tensor] = []
     if rows is None or scale is None:
         coefficients = static.expand(streams.shape[:-2] + static.shape)
     else:
         streams = streams.to(rows.dtype)
-        # As K rows of tokens, not tokens rows of K: the same numbers, several times as fast on a CPU.
-        projected = (rows @ streams.flatten(0, -2).mT).mT.contiguous().unflatten(0, streams.shape[:-1])
+        projected = F.linear(streams, rows)
+        rstd, mean = projected, projected
         if norm:
-            projected = projected * _inverse_deviation(streams, center)[0]
-        coefficients = static + scale * (projected.tanh() if tanh else projected)
-    views = static.shape[1] - static.shape[0] - 1
+            rstd, mean = _inverse_deviation(streams, center)
+            projected = projected * rstd
+        dynamic = projected.tanh() if tanh else projected
+        coefficients = torch.addcmul(static, scale, dynamic)
+        made = [projected, dynamic, rstd, mean]
+    last = views + static.shape[0]
     mixed = _mix(streams, coefficients[..., :views], None, None)
-    return mixed, coefficients[..., :-1], coefficients[..., -1], projected
+    beta = coefficients[..., last] if alone else coefficients[..., last:]
+    return mixed, coefficients[..., :last], beta, made
 
 
 # Eager mode takes the same operations with a backward of our own: autograd's would keep each intermediate
@@ -707,14 +766,29 @@ def _read(
 # comes back there is the one of the carried streams, so that one pass over H serves both steps.
 
 
-def _add_mixed(mixed: Tensor, grad: Tensor, alpha: Tensor) -> Tensor:
-    """mixed + alpha @ grad, in place where that is quicker: (..., S, E), (..., K, E), (..., S, K)."""
-    if grad.shape[-2] == 1:
-        return mixed.addcmul_(alpha, grad)
-    if not _exact_matmul(grad):
-        return mixed.add_(_mix(grad, alpha.mT, None, None))
-    mixed.view(-1, *mixed.shape[-2:]).baddbmm_(*(part.reshape(-1, *part.shape[-2:]) for part in (alpha, grad)))
-    return mixed
+def _mixed_gradients(
+    streams: Tensor, alpha: Tensor, views: int, grad_views: Optional[Tensor], grad_carried: Optional[Tensor]
+) -> Tuple[Tensor, List[Tensor]]:
+    """Those of the streams and of alpha, in two parts, where views and carried streams are alpha^T @ H."""
+    to_views, to_carried = alpha[..., :views], alpha[..., views:]
+    grad_carried = torch.zeros_like(streams) if grad_carried is None else grad_carried.to(alpha.dtype)
+    if to_carried.shape[-1]:
+        grad_streams = _mix(grad_carried, to_carried.mT, None, None).contiguous()
+        grads = [streams @ grad_carried.mT]
+    else:
+        grad_streams, grads = grad_carried.clone(), [to_carried]
+    if grad_views is None:
+        return grad_streams, [torch.zeros_like(to_views), *grads]
+    grad_views = grad_views.to(alpha.dtype)
+    grads.insert(0, streams @ grad_views.mT)
+    if views == 1:
+        grad_streams.addcmul_(to_views, grad_views)
+    elif not _exact_matmul(grad_views):
+        grad_streams.add_(_mix(grad_views, to_views.mT, None, None))
+    else:
+        parts = (part.reshape(-1, *part.shape[-2:]) for part in (to_views, grad_views))
+        grad_streams.view(-1, *grad_streams.shape[-2:]).baddbmm_(*parts)
+    return grad_streams, grads
 
 
 # Recomputation: what the depth-connection makes follows from what was there before and the branch output,
@@ -785,44 +859,91 @@ def keep_recipe(x: Tensor, streams: Tensor) -> Iterator[None]:
         yield
 
 
-class _Width(torch.autograd.Function):
-    """``_read`` and the streams, saving the streams, the projections and the coefficients."""
+class _Prepare(torch.autograd.Function):
+    """``_prepare``."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(streams, static, rows, scale, norm, center, tanh):
-        views, alpha, beta, projected = _read(streams, static, rows, scale, norm, center, tanh)
-        return views, streams.view_as(streams), alpha, beta, projected
+    def forward(center, dtype, *rule):
+        return _prepare(rule, center, dtype)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        streams, _static, rows, scale, ctx.norm, ctx.center, ctx.tanh = inputs
-        _views, _streams, alpha, _beta, projected = output
-        ctx.save_for_backward(streams, rows, scale, alpha, projected)
+        ctx.center, ctx.dtype, alpha, beta, *dynamic, norm_weight = inputs
+        ctx.save_for_backward(*dynamic[:2], norm_weight)
+        ctx.views, ctx.is_vector = alpha.shape[1], beta.dim() == 1
+        ctx.is_number = dynamic[2] is not None and dynamic[2].dim() == 1
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx, grad_views, grad_carried, grad_alpha, grad_beta, grad_projected):
-        streams, rows, scale, alpha, projected = ctx.saved_tensors
-        dtype, number = alpha.dtype, alpha.shape[-1] - alpha.shape[-2]
-        streams = streams.to(dtype)
-        shape = (*streams.shape[:-2], number, streams.shape[-1])
-        grad_views = streams.new_zeros(shape) if grad_views is None else grad_views.to(dtype)
-        grad_carried = torch.zeros_like(streams) if grad_carried is None else grad_carried.to(dtype)
-        grad_beta = torch.zeros_like(streams[..., 0]) if grad_beta is None else grad_beta
+    def backward(ctx, grad_static, grad_rows, grad_scale):
+        grads = [None] * 7
+        if grad_static is not None:
+            grads[0] = grad_static[:, : ctx.views]
+            grads[1] = grad_static[:, ctx.views] if ctx.is_vector else grad_static[:, ctx.views :]
+        if grad_rows is not None:
+            alpha_fn, beta_fn, norm_weight = ctx.saved_tensors
+            if ctx.center:
+                grad_rows = grad_rows - grad_rows.mean(1, keepdim=True)
+            if norm_weight is not None:
+                grads[6] = (grad_rows * torch.cat([alpha_fn.mT, beta_fn.mT])).sum(0)
+                grad_rows = grad_rows * norm_weight
+            grads[2], grads[3] = grad_rows[: ctx.views].mT, grad_rows[ctx.views :].mT
+        if grad_scale is not None:
+            of_alpha, grads[5] = grad_scale[..., : ctx.views], grad_scale[..., ctx.views :]
+            grads[4] = of_alpha.sum(0, keepdim=True) if ctx.is_number else of_alpha
+        return None, None, *grads
+
+
+class _Width(torch.autograd.Function):
+    """``_read`` and the streams, saving the streams and what the coefficients are made of."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(streams, views, alone, static, rows, scale, norm, center, tanh):
+        mixed, alpha, beta, made = _read(streams, views, alone, static, rows, scale, norm, center, tanh)
+        projected, dynamic, rstd, mean = made or [None] * 4
+        kept = (projected, dynamic if tanh else None, rstd if norm else None, mean if norm and center else None)
+        # beta is kept longer than alpha, which must not stay with it
+        return mixed, streams.view_as(streams), alpha, beta.contiguous(), *kept
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        streams, ctx.views, ctx.alone, static, rows, scale, ctx.norm, ctx.center, ctx.tanh = inputs
+        ctx.save_for_backward(streams, static, rows, scale, *output[4:])
+        ctx.mark_non_differentiable(*(part for part in output[5:] if part is not None))
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx, grad_views, grad_carried, grad_alpha, grad_beta, grad_projected, *_):
+        streams, static, rows, scale, projected, dynamic, rstd, mean = ctx.saved_tensors
+        last = ctx.views + static.shape[0]
+        streams = streams.to(static.dtype)
         with _no_autocast(streams.device.type):
-            through = (streams @ grad_views.mT, streams @ grad_carried.mT, grad_beta[..., None])
-            grad = torch.cat(through, dim=-1)
+            coefficients = static.expand(*streams.shape[:-2], *static.shape)
+            if rows is not None:
+                if torch.is_grad_enabled():  # for a second derivative: what was kept would be a constant there
+                    dynamic = projected.tanh() if ctx.tanh else projected
+                    rstd, mean = _inverse_deviation(streams, ctx.center) if ctx.norm else (None, None)
+                dynamic = dynamic if ctx.tanh else projected
+                coefficients = torch.addcmul(static, scale, dynamic)
+            alpha = coefficients[..., :last]
+            grad_streams, through = _mixed_gradients(streams, alpha, ctx.views, grad_views, grad_carried)
+            if grad_beta is None:
+                grad_beta = torch.zeros_like(coefficients[..., last:])
+            elif ctx.alone:
+                grad_beta = grad_beta[..., None]
+            grad = torch.cat([*through, grad_beta], dim=-1)
             if grad_alpha is not None:
-                grad = grad + F.pad(grad_alpha, (0, 1))
-            grad_static = grad.reshape(-1, *grad.shape[-2:]).sum(0)
-            grad_streams = _mix(grad_carried, alpha[..., number:].mT, None, None).contiguous()
-            grad_streams = _add_mixed(grad_streams, grad_views, alpha[..., :number])
+                grad = grad + F.pad(grad_alpha, (0, static.shape[1] - last))
+            grad_static = grad.reshape(-1, *static.shape).sum(0)
             if rows is None:
-                return grad_streams, grad_static, None, None, None, None, None
-            dynamic = projected.tanh() if ctx.tanh else projected
-            grad_scale = (grad * dynamic).flatten(0, -2).sum(0)
+                return grad_streams, None, None, grad_static, *[None] * 5
+            grad_scale = (grad * dynamic).reshape(-1, *static.shape).sum(0)
+            if scale.dim() == 1:
+                grad_scale = grad_scale.sum(0)
             grad = grad * scale
             if ctx.tanh:
                 grad = torch.ops.aten.tanh_backward(grad, dynamic)
@@ -830,50 +951,48 @@ class _Width(torch.autograd.Function):
                 grad = grad + grad_projected
             back = rows
             if ctx.norm:
-                rstd, mean = _inverse_deviation(streams, ctx.center)
-                along = -rstd.square() * (grad * projected).sum(-1, keepdim=True) / rows.shape[1]
+                along = (grad * projected).sum(-1, keepdim=True) * rstd.square() * (-1 / rows.shape[1])
                 grad = grad * rstd
                 grad_streams.addcmul_(streams, along)
-                if mean is not None:  # one more row takes along * (H - mean) instead of along * H
+                if ctx.center:  # one more row takes along * (H - mean) instead of along * H
                     grad = torch.cat([grad, -along * mean], dim=-1)
                     back = torch.cat([back, back.new_ones(1, back.shape[1])])
             grad_rows = grad[..., : len(rows)].flatten(0, -2).mT @ streams.flatten(0, -2)
             grad_streams.view(-1, back.shape[1]).addmm_(grad.flatten(0, -2), back)
-        return grad_streams, grad_static, grad_rows, grad_scale, None, None, None
+        return grad_streams, None, None, grad_static, grad_rows, grad_scale, None, None, None
 
 
-class _Carry(torch.autograd.Function):
-    """The streams, for alpha^T @ streams that are about to be formed."""
+class _Weighed(torch.autograd.Function):
+    """The views of streams by given weights, and the streams, for alpha^T @ streams that are about to be formed."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(streams, alpha):
-        return streams.view_as(streams)
+    def forward(streams, alpha, views):
+        return _mix(streams, alpha[..., :views], None, None), streams.view_as(streams)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs)
+        *tensors, ctx.views = inputs
+        ctx.save_for_backward(*tensors)
+        ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx, grad_views, grad_carried):
         streams, alpha = ctx.saved_tensors
-        views = alpha.shape[-1] - alpha.shape[-2]
-        grad = grad.to(alpha.dtype)
-        with _no_autocast(grad.device.type):
-            to_carried = streams.to(alpha.dtype) @ grad.mT
-            grad_alpha = torch.cat([torch.zeros_like(alpha[..., :views]), to_carried], dim=-1)
-            return _mix(grad, alpha[..., views:].mT, None, None), grad_alpha
+        with _no_autocast(streams.device.type):
+            grads = _mixed_gradients(streams.to(alpha.dtype), alpha, ctx.views, grad_views, grad_carried)
+            return grads[0], torch.cat(grads[1], dim=-1), None
 
 
 class _Depth(torch.autograd.Function):
-    """``_mix``, saving the branch output and beta; the gradient of the carried streams is that of the next ones."""
+    """``_write``, saving the branch output and beta; the gradient of the carried streams is that of the next ones."""
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(streams, alpha, output, beta):
-        return _mix(streams, alpha, output, beta)
+        return _write(streams, alpha, output, beta)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -883,10 +1002,17 @@ class _Depth(torch.autograd.Function):
     def backward(ctx, grad):
         output, beta = ctx.saved_tensors
         with _no_autocast(grad.device.type):
-            if output.shape[-2] == 1:  # one output went to every stream (HC)
+            if beta.dim() == grad.dim():  # every output went to every stream
+                grad_output = _mix(grad, beta, None, None)
+                grad_beta = grad @ output.to(grad.dtype).mT
+            elif output.shape[-2] == 1:  # one output went to every stream (HC)
                 grad_output = _mix(grad, beta[..., None], None, None)
                 grad_beta = (grad @ output.to(grad.dtype).mT).squeeze(-1)
             else:  # or each its own (FC)
                 grad_output = beta[..., None] * grad
                 grad_beta = torch.linalg.vecdot(output.to(grad.dtype), grad)
         return grad, None, grad_output, grad_beta
+
+
+for _function in (_Prepare, _Width, _Weighed, _Depth):  # or PyTorch works it out anew in every call
+    _function.forward.__signature__ = inspect.signature(_function.forward)  # type: ignore[attr-defined]
