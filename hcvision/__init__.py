@@ -1,4 +1,4 @@
-"""Hyper-Connections and Frac-Connections for vision transformers. Importing it registers the models with timm."""
+"""Hyper-Connections, Frac-Connections and their successors for vision transformers. Importing it registers the models with timm."""
 
 from hcvision.connections import (
     Connection,
@@ -11,13 +11,17 @@ from hcvision.connections import (
 )
 from hcvision.convert import convert, create_model, recompute_streams
 from hcvision.dit import NAMES as dit_names
+from hcvision.successors import GeneralizedConnection, IdentityConnection, ManifoldConnection
 from hcvision.vit import NAMES as vit_names
 
 __version__ = "0.1.0"
 __all__ = [
     "Connection",
     "FracConnection",
+    "GeneralizedConnection",
     "HyperConnection",
+    "IdentityConnection",
+    "ManifoldConnection",
     "Residual",
     "build_connection",
     "convert",

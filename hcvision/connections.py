@@ -8,18 +8,25 @@ branch V mixtures of them, the views::
     views, carried = (alpha^T @ H).split((V, S), dim=-2)      # width_connection(x)
     x = beta * branch(views) + carried                        # depth_connection(branch(views), carried)
 
-===================  =========  =======  =======  ======================================
-class                streams S  views V  width E  source
-===================  =========  =======  =======  ======================================
-``Residual``         1          1        dim      He et al. 2015, arXiv 1512.03385
-``HyperConnection``  n          1        dim      Hyper-Connections, arXiv 2409.19606
-``FracConnection``   m          m        dim / m  Frac-Connections, arXiv 2503.14125
-===================  =========  =======  =======  ======================================
+=========================  =============  =========  =======  =======  =====================================
+class                      name           streams S  views V  width E  source
+=========================  =============  =========  =======  =======  =====================================
+``Residual``               ``residual``   1          1        dim      He et al. 2015, arXiv 1512.03385
+``HyperConnection``        ``shc2 dhc4``  n          1        dim      Hyper-Connections, arXiv 2409.19606
+``FracConnection``         ``sfc2 dfc4``  m          m        dim / m  Frac-Connections, arXiv 2503.14125
+``ManifoldConnection``     ``mhc4``       n          1        dim      mHC, arXiv 2512.24880
+``IdentityConnection``     ``ihc4``       n          1        dim      mHC that never mixes its streams
+``GeneralizedConnection``  ``ghc2x3``     n          m        dim / m  Virtual Width Networks, arXiv 2511.11238
+=========================  =============  =========  =======  =======  =====================================
+
+The first three, the seam and the update rule are here; the successors, which differ in how their
+weights come about, are in ``hcvision.successors``.
 
 Letters in shapes: B batch, N tokens, S streams, V views, E stream width, K mixtures.
 """
 
 import contextlib
+import functools
 import inspect
 import re
 from collections.abc import Callable, Iterator
@@ -32,7 +39,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from hcvision import kernels
 
-KINDS = ("shc", "dhc", "sfc", "dfc")
+KINDS = ("shc", "dhc", "sfc", "dfc", "mhc", "ihc", "ghc")
+NAMES = (*(f"{kind}{rate}" for kind in KINDS[:6] for rate in (2, 4, 8)), "ghc2x3")  # that timm names are made of
 ARRANGEMENTS = ("sequential", "parallel")
 BACKENDS = ("auto", "torch", "triton")
 MOST_COEFFICIENTS = 80  # of a token, for the kernels that auto takes: dhc8, dfc5
@@ -41,27 +49,28 @@ Rule = Tuple[Tensor, Tensor, Optional[Tensor], Optional[Tensor], Optional[Tensor
 Options = Tuple[bool, bool, bool, str]
 
 
-def parse_connection(name: str) -> tuple[str, int]:
-    """Split a connection's name into kind and rate: ``"dhc4"`` gives ``("dhc", 4)``.
+def parse_connection(name: str) -> tuple[str, Any]:
+    """Split a connection's name into kind and rate: ``"dhc4"`` gives ``("dhc", 4)``, ``"ghc2x3"`` ``("ghc", (2, 3))``.
 
     ``"residual"`` gives ``("residual", 1)``. Every other spelling raises ValueError.
     """
     if name == "residual":
         return "residual", 1
-    match = re.fullmatch(rf"({'|'.join(KINDS)})([1-9]\d*)", name) if isinstance(name, str) else None
-    if match is None:
+    match = re.fullmatch(rf"({'|'.join(KINDS)})([1-9]\d*)(?:x([1-9]\d*))?", name) if isinstance(name, str) else None
+    if match is None or (match[1] == "ghc") != (match[3] is not None):
         raise ValueError(
-            f"connection must be 'residual' or one of {', '.join(KINDS)} followed by a rate of at "
-            f"least 1, such as 'dhc2', got {name!r}"
+            f"connection must be 'residual', or one of {', '.join(KINDS[:-1])} followed by a rate of at least 1, such "
+            f"as 'dhc2', or ghc followed by fractions x segments, such as 'ghc2x3', got {name!r}"
         )
-    return match[1], int(match[2])
+    return match[1], (int(match[2]), int(match[3])) if match[3] else int(match[2])
 
 
 def build_connection(name: str, dim: int, layer_index: int = 0, **options) -> "Connection":
     """Build a connection from its name.
 
     Args:
-        name: ``residual``, or static/dynamic + hyper/frac + rate: ``shc2``, ``dhc4``, ``sfc2``, ``dfc4``.
+        name: ``residual``; static/dynamic + hyper/frac + rate: ``shc2``, ``dhc4``, ``sfc2``, ``dfc4``; or a
+            successor: ``mhc4``, ``ihc4``, ``ghc2x3``.
         dim: width of the model (timm's embed_dim).
         layer_index: index of the sub-layer, counted from 0 over attention and MLP alike.
         **options: keyword arguments of the class: ``tanh``, ``norm``, ``backend``, ``device``, ``dtype``, and
@@ -74,8 +83,7 @@ def build_connection(name: str, dim: int, layer_index: int = 0, **options) -> "C
     kind, rate = parse_connection(name)
     if kind == "residual":
         return Residual(dim)
-    cls = HyperConnection if kind.endswith("hc") else FracConnection
-    return cls(dim, rate, layer_index, dynamic=kind.startswith("d"), **options)
+    return BUILDERS[kind](dim, rate, layer_index, **options)
 
 
 def expand_streams(x: Tensor, rate: int) -> Tensor:
@@ -98,12 +106,17 @@ class Connection(nn.Module):
     ``width`` is the size of the last axis of x, the tensor between blocks.
     """
 
+    copies: int  # of x that are entered, 1 where x is its own streams
+    undecayed: tuple[str, ...] = ()  # parameters that must not decay
+    has_exit = False  # whether ``leave`` has parameters
+
     def __init__(self, dim: int, streams: int, views: int):
         super().__init__()
         self.dim = dim
         self.streams = streams
         self.views = views
         self.width = streams * (dim // views)
+        self.copies = streams // views
 
     @torch.jit.ignore
     def forward(self, x: Tensor, branch: Callable[[Tensor], Tensor]) -> Tensor:
@@ -122,11 +135,18 @@ class Connection(nn.Module):
         branch_input, carried = self.width_connection(x)
         return self.depth_connection(branch(branch_input), carried)
 
+    def enter(self, x: Tensor, rate: int) -> Tensor:
+        """Before the first sub-layer: the streams of x, (..., dim) -> (..., width); x itself at a rate of 1."""
+        return expand_streams(x, rate)
+
+    def leave(self, x: Tensor, rate: int) -> Tensor:
+        """Behind the last one: what ``enter`` does undone, (..., width) -> (..., dim)."""
+        return reduce_streams(x, rate)
+
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters that must not decay: it would erode A_r, which starts as I."""
-        names = ("static_alpha", "static_beta", "dynamic_alpha_scale", "dynamic_beta_scale", "norm_weight")
-        return {name for name, _ in self.named_parameters() if name in names}
+        return {name for name, _ in self.named_parameters() if name in self.undecayed}
 
     def width_connection(self, x: Tensor) -> Tuple[Tensor, Any]:
         raise NotImplementedError
@@ -174,92 +194,47 @@ class Residual(Connection):
 
 
 class StreamConnection(Connection):
-    """The update rule of HC and FC, which differ in V, in the norm and in the initial values.
+    """What all connections with streams have in common: the two steps, and their weights alpha and beta.
 
-    Static weights are parameters; dynamic ones add to them what each stream says of itself (HC eq.
-    10-14, FC eq. 8-12)::
-
-        alpha = static_alpha + dynamic_alpha_scale * tanh(norm(H) @ dynamic_alpha_fn)
-        beta  = static_beta  + dynamic_beta_scale  * tanh(norm(H) @ dynamic_beta_fn)
-
-    ``static_alpha`` (S, V+S) is the papers' [A_m | A_r], ``static_beta`` (S,) is B,
-    ``dynamic_alpha_fn`` (E, V+S) is [W_m | W_r], ``dynamic_beta_fn`` (E, 1) is W_beta, and the
-    scales (1,) are s_alpha and s_beta.
-
-    Mixing is elementwise and in float32 at least, whatever autocast says: the streams are the
-    model's memory, and a matmul in bfloat16 would round them in every sub-layer.
+    Subclasses say where the weights come from (``read``). Mixing is elementwise and in float32 at least, whatever
+    autocast says: the streams are the model's memory, and a matmul in bfloat16 would round them in every sub-layer.
     """
 
-    __constants__ = ["center_norm"]  # noqa: RUF012 - TorchScript
-    center_norm = True  # the dynamic weights see LayerNorm (True) or RMSNorm (False) of a stream
     recompute = False  # the streams are computed again in backward; see ``recompute_streams``
     records = False  # how the next streams can be computed again goes with them
+    has_kernels = True  # whether any step has a kernel
+    mixes_views = False  # whether beta is (..., S, V)
+    __jit_unused_properties__ = ["name"]  # noqa: RUF012 - TorchScript
+    parts = {"width": ("alpha",), "depth": ("beta",)}  # what parameters of a part have in their names  # noqa: RUF012
 
-    def __init__(
-        self,
-        dim: int,
-        rate: int,
-        views: int,
-        layer_index: int,
-        dynamic: bool,
-        tanh: bool,
-        norm: bool,
-        backend: str,
-        device: torch.device | str | None,
-        dtype: torch.dtype | None,
-    ):
-        if backend not in BACKENDS:
-            raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
-        super().__init__(dim, rate, views)
-        self.backend = backend
+    def __init__(self, dim: int, rate: int, streams: int, views: int, layer_index: int, backend: str):
+        super().__init__(dim, streams, views)
         self.rate, self.layer_index = rate, layer_index
-        self.dynamic, self.tanh, self.norm = dynamic, tanh, norm
-        self.stream_dim, mixtures = dim // views, views + rate
+        self.stream_dim = dim // views
+        self.backend = "auto"
+        self.choose_backend(backend)
 
-        def parameter(wanted: bool, *shape: int) -> nn.Parameter | None:
-            return nn.Parameter(torch.empty(shape, device=device, dtype=dtype)) if wanted else None
-
-        self.static_alpha: Any = parameter(True, rate, mixtures)
-        self.static_beta: Any = parameter(True, rate)
-        self.dynamic_alpha_fn: Any = parameter(dynamic, self.stream_dim, mixtures)
-        self.dynamic_beta_fn: Any = parameter(dynamic, self.stream_dim, 1)
-        self.dynamic_alpha_scale: Any = parameter(dynamic, 1)
-        self.dynamic_beta_scale: Any = parameter(dynamic, 1)
-        self.norm_weight: Any = parameter(dynamic and norm and not self.center_norm, self.stream_dim)
-
-    def initial_weights(self) -> tuple[Tensor, Tensor]:
-        """``static_alpha`` (S, V+S) and ``static_beta`` (S,) at init, float32, on the CPU."""
+    @property
+    def name(self) -> str:
+        """The name that ``build_connection`` makes such a connection from."""
         raise NotImplementedError
 
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """Set every parameter to its initial value."""
-        alpha, beta = self.initial_weights()
-        self.static_alpha.copy_(alpha)
-        self.static_beta.copy_(beta)
-        if self.dynamic:
-            self.dynamic_alpha_fn.zero_()
-            self.dynamic_beta_fn.zero_()
-            self.dynamic_alpha_scale.fill_(0.01)
-            self.dynamic_beta_scale.fill_(0.01)
-        if self.norm_weight is not None:
-            self.norm_weight.fill_(1.0)
+    @torch.jit.ignore
+    def choose_backend(self, backend: str) -> None:
+        """Run by ``auto``, ``torch`` or ``triton``; see ``HyperConnection``.
 
-    def rule(self) -> Rule:
-        """The parameters, for the functions below."""
-        return (
-            self.static_alpha,
-            self.static_beta,
-            self.dynamic_alpha_fn,
-            self.dynamic_beta_fn,
-            self.dynamic_alpha_scale,
-            self.dynamic_beta_scale,
-            self.norm_weight,
-        )
+        Raises:
+            ValueError: there is no such backend, or no kernel for this connection.
+        """
+        if backend not in BACKENDS:
+            raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+        if backend == "triton" and not self.has_kernels:
+            raise ValueError(f"backend='triton' has no kernels for {self.name}; backend='auto' takes PyTorch")
+        self.backend = backend
 
-    def options(self) -> Options:
-        """norm, center, tanh and backend."""
-        return self.norm, self.center_norm, self.tanh, self.backend
+    def read(self, streams: Tensor) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Streams (..., S, E) -> the branch input (..., V*E), and the carried streams in four parts."""
+        raise NotImplementedError
 
     def weights(self, x: Tensor) -> Tuple[Tensor, Tensor]:
         """What the connection does with x, in float32 at least.
@@ -270,12 +245,23 @@ class StreamConnection(Connection):
         Returns:
             alpha (..., S, V+S): row i says how much of stream i goes into each of the V views, then
             into each of the S carried streams. beta (..., S): how much of the branch output each
-            stream takes.
+            stream takes; of GHC (..., S, V): of each view.
 
         Raises:
             ValueError: x is not S*E wide.
         """
         _, alpha, beta, _ = self.width_connection(x)[1]
+        return self.as_matrices(alpha, beta)[0], beta
+
+    @torch.jit.ignore
+    def as_matrices(self, alpha: Tensor, beta: Tensor) -> Tuple[Tensor, Tensor]:
+        """What the steps hand on, written out: alpha (..., S, V+S), beta (..., S, V)."""
+        if alpha.dim() == beta.dim() and not self.mixes_views:  # the streams are carried as they are
+            same = torch.eye(self.streams, dtype=alpha.dtype, device=alpha.device).expand(*alpha.shape, -1)
+            alpha = torch.cat([alpha[..., None], same], dim=-1)
+        if not self.mixes_views:
+            same = torch.eye(self.views, dtype=beta.dtype, device=beta.device)
+            beta = beta[..., None] * same.repeat(self.streams // self.views, 1)
         return alpha, beta
 
     def width_connection(self, x: Tensor) -> Tuple[Tensor, Tuple[Tensor, Tensor, Tensor, Tensor]]:
@@ -298,9 +284,9 @@ class StreamConnection(Connection):
             pass
         elif self.records:
             with keep_recipe(x, streams) if self.recompute else contextlib.nullcontext():
-                view, streams, alpha, beta, link = width_connection(streams, self.rule(), self.options())
+                view, streams, alpha, beta, link = self.read(streams)
             return view, (streams, alpha, beta, link)
-        view, streams, alpha, beta, link = width_connection(streams, self.rule(), self.options())
+        view, streams, alpha, beta, link = self.read(streams)
         return view, (streams, alpha, beta, link)
 
     def depth_connection(self, branch_output: Tensor, carried: Tuple[Tensor, Tensor, Tensor, Tensor]) -> Tensor:
@@ -328,7 +314,7 @@ class StreamConnection(Connection):
     def join(
         self, branch_output: Tensor, carried: Tuple[Tensor, Tensor, Tensor, Tensor]
     ) -> Tuple[Tensor, Tuple[Tensor, Tensor, Tensor, Tensor]]:
-        """The second step of the sub-layer before, and the first step of this one: in one pass where kernels run.
+        """The second step of the sub-layer before, and the first step of this one; some have kernels that do both.
 
         Args:
             branch_output: of the sub-layer before, (..., V*E).
@@ -340,16 +326,7 @@ class StreamConnection(Connection):
         Raises:
             ValueError: branch_output is not shaped like the branch input.
         """
-        if torch.jit.is_scripting():
-            pass
-        elif self.records:
-            return self.width_connection(self.depth_connection(branch_output, carried))
-        streams, alpha, beta, link = carried
-        output = split_output(branch_output, streams, self.views)
-        view, streams, alpha, beta, link = join_connections(
-            streams, output, alpha, beta, link, self.rule(), self.options()
-        )
-        return view, (streams, alpha, beta, link)
+        return self.width_connection(self.depth_connection(branch_output, carried))
 
     def carry(self, x: Tensor, carried: Tuple[Tensor, Tensor, Tensor, Tensor]) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
         """Between the steps, for blocks that scale x in their add: carry these streams, (..., S*E), instead.
@@ -361,12 +338,115 @@ class StreamConnection(Connection):
         streams = split_streams(x, self.streams, self.stream_dim)
         return streams, alpha, beta, carry_streams(streams, alpha, self.views)
 
+
+class MixingConnection(StreamConnection):
+    """The weights of HC, FC and GHC, which differ in S and V, in the norm and in the initial values.
+
+    Static weights are parameters; dynamic ones add to them what each stream says of itself (HC eq.
+    10-14, FC eq. 8-12)::
+
+        alpha = static_alpha + dynamic_alpha_scale * tanh(norm(H) @ dynamic_alpha_fn)
+        beta  = static_beta  + dynamic_beta_scale  * tanh(norm(H) @ dynamic_beta_fn)
+
+    ``static_alpha`` (S, V+S) is the papers' [A_m | A_r], ``static_beta`` (S,) is B,
+    ``dynamic_alpha_fn`` (E, V+S) is [W_m | W_r], ``dynamic_beta_fn`` (E, 1) is W_beta, and the
+    scales (1,) are s_alpha and s_beta.
+    """
+
+    __constants__ = ["center_norm"]  # noqa: RUF012 - TorchScript
+    center_norm = True  # the dynamic weights see LayerNorm (True) or RMSNorm (False) of a stream
+    first_scale = 0.01
+    undecayed = ("static_alpha", "static_beta", "dynamic_alpha_scale", "dynamic_beta_scale", "norm_weight")
+
+    def __init__(
+        self,
+        dim: int,
+        rate: int,
+        views: int,
+        layer_index: int,
+        dynamic: bool,
+        tanh: bool,
+        norm: bool,
+        backend: str,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+        is_general: bool = False,
+    ):
+        super().__init__(dim, rate, rate, views, layer_index, backend)
+        self.dynamic, self.tanh, self.norm = dynamic, tanh, norm
+        mixtures = views + rate
+
+        def parameter(wanted: bool, *shape: int) -> nn.Parameter | None:
+            return nn.Parameter(torch.empty(shape, device=device, dtype=dtype)) if wanted else None
+
+        beta = (rate, views) if is_general else (rate,)
+        self.static_alpha: Any = parameter(True, rate, mixtures)
+        self.static_beta: Any = parameter(True, *beta)
+        self.dynamic_alpha_fn: Any = parameter(dynamic, self.stream_dim, mixtures)
+        self.dynamic_beta_fn: Any = parameter(dynamic, self.stream_dim, views if is_general else 1)
+        self.dynamic_alpha_scale: Any = parameter(dynamic, *((rate, mixtures) if is_general else (1,)))
+        self.dynamic_beta_scale: Any = parameter(dynamic, *(beta if is_general else (1,)))
+        self.norm_weight: Any = parameter(dynamic and norm and not self.center_norm, self.stream_dim)
+
+    def initial_weights(self) -> tuple[Tensor, Tensor]:
+        """``static_alpha`` (S, V+S) and ``static_beta`` at init, float32, on the CPU."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Set every parameter to its initial value."""
+        alpha, beta = self.initial_weights()
+        self.static_alpha.copy_(alpha)
+        self.static_beta.copy_(beta)
+        if self.dynamic:
+            self.dynamic_alpha_fn.zero_()
+            self.dynamic_beta_fn.zero_()
+            self.dynamic_alpha_scale.fill_(self.first_scale)
+            self.dynamic_beta_scale.fill_(self.first_scale)
+        if self.norm_weight is not None:
+            self.norm_weight.fill_(1.0)
+
+    def rule(self) -> Rule:
+        """The parameters, for the functions below."""
+        return (
+            self.static_alpha,
+            self.static_beta,
+            self.dynamic_alpha_fn,
+            self.dynamic_beta_fn,
+            self.dynamic_alpha_scale,
+            self.dynamic_beta_scale,
+            self.norm_weight,
+        )
+
+    def options(self) -> Options:
+        """norm, center, tanh and backend."""
+        return self.norm, self.center_norm, self.tanh, self.backend
+
+    def read(self, streams: Tensor) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Streams (..., S, E) -> the branch input (..., V*E), and the carried streams in four parts."""
+        return width_connection(streams, self.rule(), self.options())
+
+    def join(
+        self, branch_output: Tensor, carried: Tuple[Tensor, Tensor, Tensor, Tensor]
+    ) -> Tuple[Tensor, Tuple[Tensor, Tensor, Tensor, Tensor]]:
+        """See ``StreamConnection``."""
+        if torch.jit.is_scripting():
+            pass
+        elif self.records:
+            return self.width_connection(self.depth_connection(branch_output, carried))
+        streams, alpha, beta, link = carried
+        output = split_output(branch_output, streams, self.views)
+        view, streams, alpha, beta, link = join_connections(
+            streams, output, alpha, beta, link, self.rule(), self.options()
+        )
+        return view, (streams, alpha, beta, link)
+
     def extra_repr(self) -> str:
         options = "".join(f", {name}=False" for name in ("tanh", "norm") if not getattr(self, name))
         return f"dim={self.dim}, rate={self.rate}, layer_index={self.layer_index}, dynamic={self.dynamic}{options}"
 
 
-class HyperConnection(StreamConnection):
+class HyperConnection(MixingConnection):
     """Hyper-Connection: n streams as wide as the model, one view (HC, arXiv 2409.19606).
 
     Enter with ``expand_streams`` and leave with ``reduce_streams``. At init sub-layer k reads stream
@@ -411,6 +491,11 @@ class HyperConnection(StreamConnection):
         self.arrangement = arrangement
         self.reset_parameters()
 
+    @property
+    def name(self) -> str:
+        """``shc2``, ``dhc4``, ..."""
+        return f"{'d' if self.dynamic else 's'}hc{self.rate}"
+
     def initial_weights(self) -> tuple[Tensor, Tensor]:
         """HC eq. 15, or eq. 53-55 for the parallel arrangement; see ``StreamConnection``."""
         n, place = self.rate, self.layer_index % self.rate
@@ -424,7 +509,7 @@ class HyperConnection(StreamConnection):
         return torch.cat([read[:, None], carry], dim=1), write
 
 
-class FracConnection(StreamConnection):
+class FracConnection(MixingConnection):
     """Frac-Connection: the hidden state cut into m streams, m views (FC, arXiv 2503.14125).
 
     It needs no entry and no exit, and is bit-identical to the residual add at init. The norm before
@@ -460,13 +545,14 @@ class FracConnection(StreamConnection):
     ):
         check_count("rate", rate, 1)
         check_count("layer_index", layer_index, 0)
-        if dim % rate:
-            fitting = ", ".join(str(m) for m in range(1, min(dim, 16) + 1) if dim % m == 0)
-            raise ValueError(
-                f"dim must be divisible by the frac rate, got dim={dim} and rate={rate} (rates that fit: {fitting})"
-            )
+        check_fractions(dim, rate)
         super().__init__(dim, rate, rate, layer_index, dynamic, tanh, norm, backend, device, dtype)
         self.reset_parameters()
+
+    @property
+    def name(self) -> str:
+        """``sfc2``, ``dfc4``, ..."""
+        return f"{'d' if self.dynamic else 's'}fc{self.rate}"
 
     def initial_weights(self) -> tuple[Tensor, Tensor]:
         """[I_m | I_m] and ones (FC eq. 13); see ``StreamConnection``."""
@@ -474,9 +560,25 @@ class FracConnection(StreamConnection):
         return torch.cat([eye, eye], dim=1), torch.ones(self.rate)
 
 
+BUILDERS: dict[str, Callable[..., Connection]] = {  # by kind, called with dim, rate, layer_index and options
+    "shc": functools.partial(HyperConnection, dynamic=False),
+    "dhc": functools.partial(HyperConnection, dynamic=True),
+    "sfc": functools.partial(FracConnection, dynamic=False),
+    "dfc": functools.partial(FracConnection, dynamic=True),
+}
+
+
 def check_count(name: str, value: int, least: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+
+
+def check_fractions(dim: int, rate: int) -> None:
+    if dim % rate:
+        fitting = ", ".join(str(m) for m in range(1, min(dim, 16) + 1) if dim % m == 0)
+        raise ValueError(
+            f"dim must be divisible by the frac rate, got dim={dim} and rate={rate} (rates that fit: {fitting})"
+        )
 
 
 # The rule as functions of tensors. Torch FX takes each as one node; TorchScript, torch.compile and
@@ -532,11 +634,11 @@ def width_connection(streams: Tensor, rule: Rule, options: Options) -> Tuple[Ten
         mixed, alpha, beta, _ = _read(streams, views, alone, static, rows, scale, norm, center, tanh)
         link = streams
     else:
-        with _no_autocast(streams.device.type):
+        with no_autocast(streams.device.type):
             static, rows, scale = _prepare_at_once(rule, center and norm, streams.dtype)
             if _takes_kernels(streams, views, backend, alone):
                 mixed, alpha, beta, link = kernels.width(streams, static, rows, scale, norm, center, tanh)
-            elif _plain():
+            elif is_plain():
                 mixed, alpha, beta, _ = _read(streams, views, alone, static, rows, scale, norm, center, tanh)
                 link = streams
             else:
@@ -557,8 +659,8 @@ def read_streams(
     if torch.jit.is_scripting():
         mixed = _mix(streams, columns[..., :views], None, None)
     else:
-        with _no_autocast(streams.device.type):
-            if _plain():
+        with no_autocast(streams.device.type):
+            if is_plain():
                 mixed = _mix(streams, columns[..., :views], None, None)
             else:
                 mixed, link = _Weighed.apply(streams, columns, views)
@@ -572,7 +674,7 @@ def carry_streams(streams: Tensor, alpha: Tensor, views: int) -> Tensor:
         return streams
     else:
         columns = alpha[..., None] if alpha.dim() < streams.dim() else alpha
-        return streams if _plain() else _Weighed.apply(streams, columns, views)[1]
+        return streams if is_plain() else _Weighed.apply(streams, columns, views)[1]
 
 
 @torch.fx.wrap
@@ -586,7 +688,7 @@ def depth_connection(
     if torch.jit.is_scripting():
         mixed = _write(streams, carried, output, beta)
     else:
-        with _no_autocast(streams.device.type):
+        with no_autocast(streams.device.type):
             if link is streams:  # as the plain operations leave it
                 mixed = _write(streams, carried, output, beta)
             elif _takes_kernels(streams, output.shape[-2], backend, alpha.dim() > beta.dim()):
@@ -634,7 +736,7 @@ def _prepare(rule: Rule, center: bool, dtype: torch.dtype) -> Tuple[Tensor, Opti
 
 def _prepare_at_once(rule: Rule, center: bool, dtype: torch.dtype) -> Any:
     """``_prepare`` with one node in the graph of gradients."""
-    return _prepare(rule, center, dtype) if _plain() else _Prepare.apply(center, dtype, *rule)
+    return _prepare(rule, center, dtype) if is_plain() else _Prepare.apply(center, dtype, *rule)
 
 
 def _takes_kernels(streams: Tensor, views: int, backend: str, fits: bool) -> bool:
@@ -655,11 +757,11 @@ def _for_kernels(output: Tensor, streams: Tensor) -> Tensor:
     return output if output.dtype in kernels.DTYPES else output.to(streams.dtype)
 
 
-def _plain() -> bool:
+def is_plain() -> bool:
     return torch.jit.is_tracing() or torch.compiler.is_compiling()
 
 
-def _no_autocast(device_type: str) -> contextlib.AbstractContextManager:
+def no_autocast(device_type: str) -> contextlib.AbstractContextManager:
     if device_type != "meta" and torch.is_autocast_enabled(device_type):
         return torch.autocast(device_type, enabled=False)
     return contextlib.nullcontext()
@@ -679,7 +781,7 @@ def _mix(streams: Tensor, alpha: Tensor, output: Optional[Tensor], beta: Optiona
     """
     if torch.jit.is_scripting():
         pass
-    elif not _plain() and alpha.shape[-1] > 1 and _exact_matmul(streams):
+    elif not is_plain() and alpha.shape[-1] > 1 and _exact_matmul(streams):
         mixed = _laid_out_like(streams, alpha.mT @ streams.to(alpha.dtype))
         if output is None:
             return mixed
@@ -710,7 +812,7 @@ def _write(streams: Tensor, alpha: Optional[Tensor], output: Tensor, beta: Tenso
 
 def _laid_out_like(streams: Tensor, mixed: Tensor) -> Tensor:
     """Keep the memory layout of x, as ``x + branch(x)`` does: what follows may round by it."""
-    if _plain() or mixed.shape != streams.shape or mixed.stride() == streams.stride():
+    if is_plain() or mixed.shape != streams.shape or mixed.stride() == streams.stride():
         return mixed
     return torch.empty_like(streams, dtype=mixed.dtype).copy_(mixed)
 
@@ -723,6 +825,24 @@ def _inverse_deviation(streams: Tensor, center: bool) -> Tuple[Tensor, Tensor]:
         mean = streams.mean(-1, keepdim=True)
         variance = (variance - mean.square()).clamp(min=0.0)
     return (variance + 1e-6).rsqrt(), mean
+
+
+def _project(x: Tensor, rows: Tensor, norm: bool, center: bool) -> Tuple[Tensor, Tensor, Tensor]:
+    """norm(x) @ rows^T, 1 / deviation and mean, as far as there are any; rows are centered if x is to be."""
+    projected = F.linear(x, rows)
+    if not norm:
+        return projected, projected, projected
+    rstd, mean = _inverse_deviation(x, center)
+    return projected * rstd, rstd, mean
+
+
+def project(x: Tensor, rows: Tensor) -> Tensor:
+    """RMSNorm(x) @ rows^T: (..., C), (K, C) -> (..., K), in the dtype of the rows."""
+    if torch.jit.is_scripting():
+        return _project(x.to(rows.dtype), rows, True, False)[0]
+    else:
+        with no_autocast(x.device.type):
+            return _project(x.to(rows.dtype), rows, True, False)[0] if is_plain() else _Project.apply(x, rows)[0]
 
 
 def _read(
@@ -746,11 +866,7 @@ def _read(
         coefficients = static.expand(streams.shape[:-2] + static.shape)
     else:
         streams = streams.to(rows.dtype)
-        projected = F.linear(streams, rows)
-        rstd, mean = projected, projected
-        if norm:
-            rstd, mean = _inverse_deviation(streams, center)
-            projected = projected * rstd
+        projected, rstd, mean = _project(streams, rows, norm, center)
         dynamic = projected.tanh() if tanh else projected
         coefficients = torch.addcmul(static, scale, dynamic)
         made = [projected, dynamic, rstd, mean]
@@ -829,7 +945,7 @@ RECIPES: Any = WeakTensorKeyDictionary()
 
 def record(x: Tensor, streams: Tensor, output: Tensor, alpha: Tensor, beta: Tensor, backend: str) -> None:
     """Note on x, (..., S*E), how it follows from the streams before it."""
-    if isinstance(x, torch.fx.Proxy) or _plain() or kernels.under_functorch():
+    if isinstance(x, torch.fx.Proxy) or is_plain() or kernels.under_functorch():
         return
     before = RECIPES.get(streams, streams.detach())
     ingredients = (output.detach(), alpha.detach(), beta.detach())
@@ -839,7 +955,7 @@ def record(x: Tensor, streams: Tensor, output: Tensor, alpha: Tensor, beta: Tens
 @contextlib.contextmanager
 def keep_recipe(x: Tensor, streams: Tensor) -> Iterator[None]:
     """Let autograd keep the recipe of x, if it has one, wherever it would keep the streams (..., S, E), a view of x."""
-    if isinstance(x, torch.fx.Proxy) or _plain() or kernels.under_functorch():
+    if isinstance(x, torch.fx.Proxy) or is_plain() or kernels.under_functorch():
         yield
         return
     recipe = RECIPES.get(x)
@@ -857,6 +973,28 @@ def keep_recipe(x: Tensor, streams: Tensor) -> Iterator[None]:
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         yield
+
+
+def _projected_gradients(
+    grad_x: Tensor,
+    x: Tensor,
+    rows: Tensor,
+    projected: Tensor,
+    grad: Tensor,
+    rstd: Optional[Tensor],
+    mean: Optional[Tensor],
+) -> Tensor:
+    """Add the gradient of x to grad_x, and return that of the rows, where projected is norm(x) @ rows^T."""
+    back = rows
+    if rstd is not None:
+        along = (grad * projected).sum(-1, keepdim=True) * rstd.square() * (-1 / rows.shape[1])
+        grad = grad * rstd
+        grad_x.addcmul_(x, along)
+        if mean is not None:  # one more row takes along * (x - mean) instead of along * x
+            grad = torch.cat([grad, -along * mean], dim=-1)
+            back = torch.cat([back, back.new_ones(1, back.shape[1])])
+    grad_x.view(-1, back.shape[1]).addmm_(grad.flatten(0, -2), back)
+    return grad[..., : len(rows)].flatten(0, -2).mT @ x.flatten(0, -2)
 
 
 class _Prepare(torch.autograd.Function):
@@ -921,12 +1059,13 @@ class _Width(torch.autograd.Function):
         streams, static, rows, scale, projected, dynamic, rstd, mean = ctx.saved_tensors
         last = ctx.views + static.shape[0]
         streams = streams.to(static.dtype)
-        with _no_autocast(streams.device.type):
+        with no_autocast(streams.device.type):
             coefficients = static.expand(*streams.shape[:-2], *static.shape)
             if rows is not None:
                 if torch.is_grad_enabled():  # for a second derivative: what was kept would be a constant there
                     dynamic = projected.tanh() if ctx.tanh else projected
                     rstd, mean = _inverse_deviation(streams, ctx.center) if ctx.norm else (None, None)
+                    mean = mean if ctx.center else None
                 dynamic = dynamic if ctx.tanh else projected
                 coefficients = torch.addcmul(static, scale, dynamic)
             alpha = coefficients[..., :last]
@@ -949,17 +1088,34 @@ class _Width(torch.autograd.Function):
                 grad = torch.ops.aten.tanh_backward(grad, dynamic)
             if grad_projected is not None:
                 grad = grad + grad_projected
-            back = rows
-            if ctx.norm:
-                along = (grad * projected).sum(-1, keepdim=True) * rstd.square() * (-1 / rows.shape[1])
-                grad = grad * rstd
-                grad_streams.addcmul_(streams, along)
-                if ctx.center:  # one more row takes along * (H - mean) instead of along * H
-                    grad = torch.cat([grad, -along * mean], dim=-1)
-                    back = torch.cat([back, back.new_ones(1, back.shape[1])])
-            grad_rows = grad[..., : len(rows)].flatten(0, -2).mT @ streams.flatten(0, -2)
-            grad_streams.view(-1, back.shape[1]).addmm_(grad.flatten(0, -2), back)
+            grad_rows = _projected_gradients(grad_streams, streams, rows, projected, grad, rstd, mean)
         return grad_streams, None, None, grad_static, grad_rows, grad_scale, None, None, None
+
+
+class _Project(torch.autograd.Function):
+    """RMSNorm(x) @ rows^T, keeping x in its own type."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x, rows):
+        return _project(x.to(rows.dtype), rows, True, False)[:2]
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs, *output)
+        ctx.mark_non_differentiable(output[1])
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        x, rows, projected, rstd = ctx.saved_tensors
+        x = x.to(rows.dtype)
+        if torch.is_grad_enabled():  # for a second derivative
+            rstd, _ = _inverse_deviation(x, False)
+        grad_x = torch.zeros_like(x)
+        with no_autocast(x.device.type):
+            grad_rows = _projected_gradients(grad_x, x, rows, projected, grad, rstd, None)
+        return grad_x, grad_rows
 
 
 class _Weighed(torch.autograd.Function):
@@ -980,7 +1136,7 @@ class _Weighed(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_views, grad_carried):
         streams, alpha = ctx.saved_tensors
-        with _no_autocast(streams.device.type):
+        with no_autocast(streams.device.type):
             grads = _mixed_gradients(streams.to(alpha.dtype), alpha, ctx.views, grad_views, grad_carried)
             return grads[0], torch.cat(grads[1], dim=-1), None
 
@@ -1001,7 +1157,7 @@ class _Depth(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         output, beta = ctx.saved_tensors
-        with _no_autocast(grad.device.type):
+        with no_autocast(grad.device.type):
             if beta.dim() == grad.dim():  # every output went to every stream
                 grad_output = _mix(grad, beta, None, None)
                 grad_beta = grad @ output.to(grad.dtype).mT
@@ -1014,5 +1170,5 @@ class _Depth(torch.autograd.Function):
         return grad, None, grad_output, grad_beta
 
 
-for _function in (_Prepare, _Width, _Weighed, _Depth):  # or PyTorch works it out anew in every call
+for _function in (_Prepare, _Width, _Project, _Weighed, _Depth):  # or PyTorch works it out anew in every call
     _function.forward.__signature__ = inspect.signature(_function.forward)  # type: ignore[attr-defined]

@@ -35,8 +35,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from hcvision.connections import (
+    KINDS,
     Connection,
-    HyperConnection,
     StreamConnection,
     build_connection,
     check_count,
@@ -44,6 +44,7 @@ from hcvision.connections import (
     reduce_streams,
 )
 from hcvision.families import BLOCKS, MODELS, ConnectedBlock, Family
+from hcvision.successors import BUILDERS as BUILDERS  # registered there
 
 Blocks = slice | str | Iterable[int] | Callable[[int, nn.Module], bool] | None
 
@@ -104,12 +105,21 @@ def own_class(module: nn.Module) -> type:
 
 @torch.fx.wrap
 def leave_streams(feature: Tensor, dim: int) -> Tensor:
-    """The mean over streams of a map (B, n*E, H, W) or of tokens (..., n*E); what has E channels has left them."""
+    """The mean over the copies of a map (B, n*dim, H, W) or of tokens (..., n*dim); what is dim wide has left them.
+
+    n need not be whole, as for ghc2x3.
+    """
     axis = 1 if feature.dim() == 4 and feature.shape[1] >= dim else -1
-    rate = feature.shape[axis] // dim
-    if rate <= 1:
+    rate, rest = feature.shape[axis] // dim, feature.shape[axis] % dim
+    if rate <= 1 and rest == 0:
         return feature
-    return reduce_streams(feature.movedim(axis, -1), rate).movedim(-1, axis)
+    feature = feature.movedim(axis, -1)
+    if rest > 0:  # a part of x once more than the rest of it
+        once_more = [feature[..., k * dim : k * dim + rest] for k in range(rate + 1)]
+        others = [feature[..., k * dim + rest : (k + 1) * dim] for k in range(rate)]
+        parts = [reduce_streams(torch.cat(copies, dim=-1), len(copies)) for copies in (once_more, others)]
+        return torch.cat(parts, dim=-1).movedim(-1, axis)
+    return reduce_streams(feature, rate).movedim(-1, axis)
 
 
 class Exit:
@@ -189,7 +199,7 @@ class HieraModel(ConnectedModel):
         taps = features if call.arguments["intermediates_only"] else features[1]
         for k, block in enumerate(taken):
             tap = taps[k].movedim(1, -1) if call.arguments["output_fmt"] == "NCHW" else taps[k]
-            tap = reduce_streams(tap, tap.shape[-1] // self.blocks[block].dim_out)
+            tap = leave_streams(tap, self.blocks[block].dim_out)
             taps[k] = tap.movedim(-1, 1) if call.arguments["output_fmt"] == "NCHW" else tap
         return features
 
@@ -350,7 +360,12 @@ def convert(model: Any, connection: str, *, blocks: Blocks = None, recompute: in
     for i in _chosen(blocks, candidates):
         block, mixin = candidates[i], _mixin(candidates[i])
         if isinstance(block, ConnectedBlock):
-            raise ValueError(f"block {i} of this {own_class(model).__name__} has a connection already ({_name(block)})")
+            raise ValueError(f"block {i} of this {own_class(model).__name__} has a connection already ({block.connection1.name})")
+        if kind == "ghc" and hasattr(mixin, "carry1"):
+            raise ValueError(
+                f"{connection} cannot take the adds of a {own_class(block).__name__}, which scales x itself; "
+                f"{', '.join(kind for kind in KINDS if kind != 'ghc')} can"
+            )
         like = next(block.parameters())
         new: dict[str, Any] = {"channels_first": mixin.is_channels_first(block), "entry_rate": 1, "exit_rate": 1}
         for k in range(mixin.adds):
@@ -453,28 +468,25 @@ def _place_borders(model: Any) -> None:
                 continue
             rate = carried[i][0]
             goes_on = i + 1 < len(column) and carried[i + 1] == carried[i] and i + 1 not in breaks
-            left_behind = i + 1 == len(column) and family.exit
+            *_, last = (part for part in block.children() if isinstance(part, Connection))
+            left_behind = i + 1 == len(column) and family.exit and not last.has_exit
             block.entry_rate = 1 if i > 0 and carried[i - 1] == carried[i] and i not in breaks else rate
             block.exit_rate = 1 if goes_on or left_behind else rate
-        if family.exit and any(rate > 1 for rate, _ in carried):
+            for part in block.children():
+                if isinstance(part, Connection) and part.has_exit:
+                    part.place_exit(part is last and block.exit_rate > 1)
+        if family.exit and any(rate > 1 for rate, *_ in carried):
             norm = model.get_submodule(family.exit)
             if not isinstance(norm, Exit):
                 _graft(norm, Exit, stream_dim=model.embed_dim)
 
 
-def _carried(block: Any) -> tuple[int, int]:
-    """How many streams of what width dim a block leaves on x; (1, 0) for a block without connections."""
+def _carried(block: Any) -> tuple[int, ...]:
+    """How many copies of x a block leaves, and of what width, in which streams; (1, 0) without connections."""
     if not isinstance(block, ConnectedBlock):
         return 1, 0
     connection = block.connection1  # type: ignore[attr-defined]
-    return connection.width // connection.dim, connection.dim
-
-
-def _name(block: Any) -> str:
-    """The name of a block's connections."""
-    connection = block.connection1
-    kind = f"{'d' if connection.dynamic else 's'}{'hc' if isinstance(connection, HyperConnection) else 'fc'}"
-    return f"{kind}{connection.rate}"
+    return connection.copies, connection.dim, connection.streams, connection.views
 
 
 OPTIONS = {"tanh": True, "norm": True, "arrangement": "sequential"}
@@ -488,7 +500,7 @@ def _steps(model: Any) -> list[dict[str, Any]]:
         if isinstance(block, ConnectedBlock):
             connection: Any = block.connection1  # type: ignore[attr-defined]
             options = {key: getattr(connection, key, default) for key, default in OPTIONS.items()}
-            step = {"connection": _name(block)} | {k: v for k, v in options.items() if v != OPTIONS[k]}
+            step = {"connection": connection.name} | {k: v for k, v in options.items() if v != OPTIONS[k]}
             for known in steps:
                 if {**known, "blocks": None} == {**step, "blocks": None}:
                     known["blocks"].append(i)

@@ -21,7 +21,7 @@ from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs,
 from timm.models.vision_transformer import Attention
 from torch import Tensor, nn
 
-from hcvision.connections import KINDS
+from hcvision.connections import NAMES as CONNECTIONS
 from hcvision.convert import register
 from hcvision.families import BLOCKS, MODELS, ConnectedBlock, Family
 
@@ -261,7 +261,6 @@ SIZES = {
     "xl": {"embed_dim": 1152, "depth": 28, "num_heads": 16},
 }
 PATCHES = (2, 4, 8)
-RATES = (2, 4, 8)
 default_cfgs: dict[str, Any] = {}
 
 
@@ -312,5 +311,5 @@ PIXEL = tuple(
     for patch in (2, 4)
 )
 NAMES = tuple(
-    name for base in LATENT + PIXEL for name in (base, *(register(base, f"{k}{r}") for k in KINDS for r in RATES))
+    name for base in LATENT + PIXEL for name in (base, *(register(base, connection) for connection in CONNECTIONS))
 )

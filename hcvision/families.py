@@ -43,8 +43,6 @@ from timm.models import (
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hcvision.connections import expand_streams, reduce_streams
-
 
 class ConnectedBlock:
     """A block of timm whose residual adds are connections.
@@ -52,12 +50,12 @@ class ConnectedBlock:
     Its forward is made of the branches of the subclass; the parameters of a branch after x are
     parameters of the block, in the order in which they appear::
 
-        x = expand_streams(x, self.entry_rate)
+        x = self.connection1.enter(x, self.entry_rate)
         view, carried = self.connection1.width_connection(x)
         view, carried = self.connection2.join(self.branch1(view, rope), carried)
         ...                                                     # branch3, ...
         x = self.connection2.depth_connection(self.branch2(view), carried)
-        return reduce_streams(x, self.exit_rate)
+        return self.connection2.leave(x, self.exit_rate)
 
     Tensors are channels last here, whatever they are outside (``channels_first``). A block that
     scales x itself in an add has ``carry1``, ... too: it gets the streams and the scaled streams are
@@ -66,8 +64,8 @@ class ConnectedBlock:
 
     adds: int  # how many branches
 
-    entry_rate: int  # streams that this block enters, 1 for none
-    exit_rate: int  # streams that this block leaves, 1 for none
+    entry_rate: int  # copies of x that this block enters as streams, 1 for none
+    exit_rate: int  # copies that it leaves, 1 for none
     channels_first: bool  # x is (B, C, H, W) outside
 
     if TYPE_CHECKING:
@@ -102,7 +100,7 @@ def _compose(mixin: type[ConnectedBlock]) -> Callable:
     lines = [
         "    if self.channels_first:",
         "        x = x.movedim(1, -1)",
-        "    x = expand_streams(x, self.entry_rate)",
+        "    x = self.connection1.enter(x, self.entry_rate)",
     ]
     for k in range(1, mixin.adds + 1):
         own = list(inspect.signature(getattr(mixin, f"branch{k}")).parameters.values())[2:]
@@ -118,12 +116,12 @@ def _compose(mixin: type[ConnectedBlock]) -> Callable:
         else:
             lines.append(f"    x = self.connection{k}.depth_connection(self.branch{k}({arguments}), carried)")
     lines += [
-        "    x = reduce_streams(x, self.exit_rate)",
+        f"    x = self.connection{mixin.adds}.leave(x, self.exit_rate)",
         "    return x.movedim(-1, 1) if self.channels_first else x",
     ]
     signature = ", ".join(["self", "x: torch.Tensor", *map(str, extras.values())])
     source = f"def forward({signature}) -> torch.Tensor:\n" + "\n".join(lines) + "\n"
-    scope = {"torch": torch, "Optional": Optional, "expand_streams": expand_streams, "reduce_streams": reduce_streams}
+    scope = {"torch": torch, "Optional": Optional}
     filename = f"<forward of {mixin.__module__}.{mixin.__qualname__}>"
     linecache.cache[filename] = len(source), None, source.splitlines(keepends=True), filename
     exec(compile(source, filename, "exec"), scope)

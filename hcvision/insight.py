@@ -23,7 +23,7 @@ from timm.models._features import FeatureGetterNet
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hcvision.connections import Connection, FracConnection
+from hcvision.connections import Connection
 from hcvision.convert import convert, own_class, stages
 from hcvision.data import ImageData
 from hcvision.evaluation import plain
@@ -43,7 +43,7 @@ class Mixing:
     """The weights of one sub-layer, and where streams are entered and left."""
 
     alpha: Tensor  # (B, ..., S, V+S)
-    beta: Tensor  # (B, ..., S)
+    beta: Tensor  # (B, ..., S, V): how much of each view of the branch output a stream takes
     enters: bool  # streams were entered before it
     leaves: bool  # and are left behind it
 
@@ -103,7 +103,7 @@ def _wrap(connection: Any, previous: Any, note: Callable[[Passage], None], enter
         if mixed.data_ptr() != streams.data_ptr() and not torch.equal(mixed, streams):
             raise ValueError("a block that scales its streams itself cannot be looked into")
         parts = [part.detach().unflatten(-1, (-1, size)) for part in (streams, view, branch_output, after)]
-        alpha, beta = carried[1:3]
+        alpha, beta = connection.as_matrices(*carried[1:3])
         note(Passage(Mixing(alpha.detach(), beta.detach(), enters, leaves), *parts))
         return after
 
@@ -121,7 +121,7 @@ def unfold(mixings: list[Mixing], reduce: Callable[[Tensor], Tensor] = lambda ro
     """How much of every earlier output is in the input of each sub-layer (HC eq. 20 and 27), token by token.
 
     Source 0 is the embedding, source j the output of sub-layer j - 1; the last row is the read-out, the mean over
-    copies. The views of a frac-connection are the fractions of the hidden state, of sources too; hyper-connections
+    copies (GHC has a linear map there, which no matrix of this kind holds). The views of a frac-connection are the fractions of the hidden state, of sources too; hyper-connections
     have one view::
 
         input[k, v] = sum_jq c[k, v, j, q] * source[j, q]
@@ -147,16 +147,21 @@ def unfold(mixings: list[Mixing], reduce: Callable[[Tensor], Tensor] = lambda ro
     rows = []
     for k, mixing in enumerate(mixings):
         if mixing.enters and k:
-            state = state.expand(*state.shape[:-3], mixing.streams, -1, -1)
+            state = state[..., _fractions(mixing), :, :]
         with torch.autocast(alpha.device.type, enabled=False):
             mixed = torch.einsum("...sm,...sjq->...mjq", mixing.alpha, state)
         rows.append(reduce(mixed[..., :views, :, :]))
         state = mixed[..., views:, :, :].clone()
-        state[..., torch.arange(mixing.streams), k + 1, _fractions(mixing)] += mixing.beta
+        state[..., k + 1, :] += mixing.beta
         if mixing.leaves:
-            state = state.mean(-3, keepdim=True)
-    rows.append(reduce(state.unflatten(-3, (-1, views)).mean(-4)))
+            state = _mean_of_copies(state, mixing.views)
+    rows.append(reduce(_mean_of_copies(state, views)))
     return torch.stack(rows, dim=-4)
+
+
+def _mean_of_copies(state: Tensor, views: int) -> Tensor:
+    """(..., S, L+1, V) -> (..., V, L+1, V): of the streams that hold the same fraction."""
+    return torch.stack([state[..., fraction::views, :, :].mean(-3) for fraction in range(views)], dim=-3)
 
 
 def _fractions(mixing: Mixing) -> list[int]:
@@ -229,7 +234,7 @@ def look_inside(model: Any) -> Iterator[tuple[nn.Module, list[list[Any]]]]:
 def connect_adds(model: Any) -> Any:
     """The model, if all its blocks have connections, or a copy with residual adds written as connections."""
     blocks = [block for stage in stages(model) for block in stage]
-    fractions = {c.rate if isinstance(c, FracConnection) else 1 for block in blocks for c in connections_of(block)}
+    fractions = {connection.views for block in blocks for connection in connections_of(block)}
     if all(isinstance(block, ConnectedBlock) for block in blocks):
         return model
     rate = max(fractions, default=1)
@@ -263,7 +268,7 @@ class StageNotes:
         self.norms: list[list[Tensor]] = [[] for _ in [*self.names, "end"]]  # (B, S) each
         self.likeness: list[list[Tensor]] = [[] for _ in [*self.names, "end"]]  # (B,) each, cosine between two streams
         self.alphas: list[list[Tensor]] = [[] for _ in self.names]  # (B, S, V+S) each
-        self.betas: list[list[Tensor]] = [[] for _ in self.names]  # (B, S) each
+        self.betas: list[list[Tensor]] = [[] for _ in self.names]  # (B, S, V) each
 
     def note(self, passage: Passage) -> None:
         k, mixing = len(self.mixings), passage.mixing
@@ -273,7 +278,7 @@ class StageNotes:
             self.cosines[k - 1].append(F.cosine_similarity(self.last_input, view, dim=-1).flatten().cpu())  # type: ignore[arg-type]
         self.last_input = view
         self.note_streams(k, passage.streams)
-        tokens = mixing.alpha.flatten(1, -3), mixing.beta.flatten(1, -2)
+        tokens = mixing.alpha.flatten(1, -3), mixing.beta.flatten(1, -3)
         self.alphas[k].append(tokens[0].mean(1).float().cpu())
         self.betas[k].append(tokens[1].mean(1).float().cpu())
         if k + 1 == len(self.names):

@@ -41,7 +41,7 @@ from hcvision.runs import best_checkpoint, read_checkpoint
 from hcvision.sampling import Sampling, columns_of, enlarge, grid, to_uint8
 from hcvision.sharding import hold_whole, number_by_module, shard
 
-PARTS = {"width": "alpha", "depth": "beta"}  # of a connection, and what its parameters are called
+PARTS = tuple(StreamConnection.parts)  # of a connection
 SCHEDULES = ("cosine", "tanh", "poly", "step", "multistep", "wsd", "constant")
 
 
@@ -822,12 +822,12 @@ def choose_backend(model: nn.Module, backend: str) -> None:
     """Let all connections of a model, if it has any, run by ``backend``.
 
     Raises:
-        ValueError: there is no such backend.
+        ValueError: there is no such backend, or no kernel for the connections.
     """
     check_name("connection_backend", backend, BACKENDS)
     for module in model.modules():
         if isinstance(module, StreamConnection):
-            module.backend = backend
+            module.choose_backend(backend)
 
 
 def connection_parameters(model: nn.Module) -> list[nn.Parameter]:
@@ -847,7 +847,7 @@ def freeze_connections(model: nn.Module, part: str) -> None:
         raise ValueError(f"connection_freeze={part!r} needs a model with connections, this one has residual adds")
     for connection in connections:
         for name, parameter in connection.named_parameters():
-            if PARTS[part] in name:
+            if any(word in name for word in connection.parts[part]):
                 parameter.requires_grad_(False)
 
 

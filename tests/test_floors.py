@@ -12,6 +12,7 @@ PACKAGE = Path(__file__).parent.parent / "hcvision"
 FLOORS = (
     {"kernels"},
     {"connections"},
+    {"successors"},
     {"families"},
     {"convert"},
     {"vit", "dit"},

@@ -1,0 +1,362 @@
+"""The successors of Hyper-Connections on the same seam: what they change is where alpha and beta come from.
+
+=========================  ===========================================  =====================================
+class                      alpha = [read | carry], beta                  at init, in a converted model
+=========================  ===========================================  =====================================
+``ManifoldConnection``     sigmoid | Sinkhorn, 2 sigmoid                the residual model, up to rounding
+``IdentityConnection``     sigmoid | I, 2 sigmoid                       the residual model, up to rounding
+``GeneralizedConnection``  as ``FracConnection``, beta mixes the views  the residual model to the bit
+=========================  ===========================================  =====================================
+
+What runs where (``backend``): the write of mHC has a kernel, its weights are PyTorch's; iHC needs none,
+its write is one addcmul; GHC is PyTorch's. torch.compile fuses what is PyTorch's.
+
+Letters in shapes: T tokens, S streams (n), V views (m), E stream width.
+"""
+
+import math
+from typing import TYPE_CHECKING, Any, List, Tuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from hcvision.connections import (
+    BUILDERS,
+    MixingConnection,
+    Rule,
+    StreamConnection,
+    check_count,
+    check_fractions,
+    is_plain,
+    project,
+    read_streams,
+)
+
+ITERATIONS = 20
+torch.fx.wrap("read_streams")
+
+
+class ManifoldConnection(StreamConnection):
+    """mHC: n streams whose mixing matrix is doubly stochastic, all weights from all streams (arXiv 2512.24880, eq. 7-9).
+
+    ::
+
+        x' = RMSNorm(x)                                            # over all n * dim numbers
+        read  = sigmoid(scale_pre * x' @ phi_pre + bias_pre)       # H_pre, (n,)
+        write = 2 sigmoid(scale_post * x' @ phi_post + bias_post)  # H_post, (n,)
+        mix   = sinkhorn(scale_res * x' @ phi_res + bias_res)      # H_res, (n, n): row i is the next stream i
+
+    phi starts at 0 and the scales at 0.01. The papers leave the biases open; here the read starts as the mean of
+    the streams, the write as 1, the mixing as ``sinkhorn(8 I)``, which keeps all but 0.1 % of a stream (n = 4):
+    as long as the streams are equal, as they are in a converted model, each is the residual stream, up to rounding.
+
+    It costs parameters, dim * n * (n^2 + 2n) a sub-layer, about 4 % of a ViT-S at n = 4, since the
+    weights see all streams at once.
+
+    Args:
+        dim: width of the model, which is E.
+        rate: expansion rate n.
+        layer_index: of the sub-layer; every one starts alike.
+        backend: ``torch``, ``triton`` (the write is a kernel, or an error) or ``auto``; see ``HyperConnection``.
+
+    Raises:
+        ValueError: rate < 2 (one stream would be read at sigmoid < 1), layer_index < 0, an unknown backend.
+    """
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any: ...
+
+    parts = {"width": ("_pre", "_res"), "depth": ("_post",)}  # noqa: RUF012
+    undecayed = tuple(f"{what}_{part}" for what in ("scale", "bias") for part in ("pre", "post", "res"))
+    dynamic = True
+    mixes = True  # has H_res
+
+    def __init__(
+        self,
+        dim: int,
+        rate: int,
+        layer_index: int = 0,
+        *,
+        backend: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        check_count("rate", rate, 2)
+        check_count("layer_index", layer_index, 0)
+        super().__init__(dim, rate, rate, 1, layer_index, backend)
+        sizes = {"pre": rate, "post": rate, "res": rate * rate} if self.mixes else {"pre": rate, "post": rate}
+        shapes = {"phi": lambda size: (rate * dim, size), "scale": lambda size: (1,), "bias": lambda size: (size,)}
+        for what, shape in shapes.items():
+            for part, size in sizes.items():
+                setattr(self, f"{what}_{part}", nn.Parameter(torch.empty(shape(size), device=device, dtype=dtype)))
+        self.reset_parameters()
+
+    @property
+    def name(self) -> str:
+        """``mhc4``, ..."""
+        return f"mhc{self.rate}"
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Set every parameter to its initial value."""
+        for name, parameter in self.named_parameters():
+            parameter.fill_(0.01 if name.startswith("scale") else 0.0)
+        self.bias_pre.fill_(-math.log(self.rate - 1))  # sigmoid: 1 / n
+        if self.mixes:
+            self.bias_res.copy_(8 * torch.eye(self.rate).flatten())
+
+    def rule(self) -> Tuple[List[Tensor], List[Tensor], List[Tensor]]:
+        """phi, the scales and the biases: of the read, of the write, of the mixing."""
+        return (
+            [self.phi_pre, self.phi_post, self.phi_res],
+            [self.scale_pre, self.scale_post, self.scale_res],
+            [self.bias_pre, self.bias_post, self.bias_res],
+        )
+
+    def read(self, streams: Tensor) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """See ``StreamConnection``."""
+        phi, scale, bias = self.rule()
+        alpha, beta = manifold_weights(streams, phi, scale, bias)
+        return read_streams(streams, alpha, beta, 1)
+
+    def extra_repr(self) -> str:
+        return f"dim={self.dim}, rate={self.rate}, layer_index={self.layer_index}"
+
+
+class IdentityConnection(ManifoldConnection):
+    """iHC: mHC whose streams are never mixed, H_res = I; read and write depend on the input.
+
+    2 / (n + 2) of the parameters of ``ManifoldConnection``, the same initial values and arguments. The carried
+    streams are the streams, so that no step but the write touches them, and that is one addcmul: there is
+    no kernel, and backend ``triton`` is an error.
+    """
+
+    has_kernels = False
+    mixes = False
+
+    @property
+    def name(self) -> str:
+        """``ihc4``, ..."""
+        return f"ihc{self.rate}"
+
+    def rule(self) -> Tuple[List[Tensor], List[Tensor], List[Tensor]]:
+        """phi, the scales and the biases: of the read, of the write."""
+        return (
+            [self.phi_pre, self.phi_post],
+            [self.scale_pre, self.scale_post],
+            [self.bias_pre, self.bias_post],
+        )
+
+
+class GeneralizedConnection(MixingConnection):
+    """GHC: n streams of width dim / m, m of which are as wide as the model (arXiv 2511.11238, eq. 10-16).
+
+    Wider than the model by n / m, with views as in ``FracConnection``, and each stream takes of each view of the branch
+    output::
+
+        A = static_alpha + dynamic_alpha_scale * tanh(norm(H) @ dynamic_alpha_fn / sqrt(E))
+        B = static_beta  + dynamic_beta_scale  * tanh(norm(H) @ dynamic_beta_fn / sqrt(E))
+        H = B @ branch(A[:, :m]^T @ H) + A[:, m:]^T @ H
+
+    ``static_alpha`` (n, m+n) is [A_o | A_hat], ``static_beta`` (n, m) is the paper's B transposed, the scales
+    have their shapes and start at 1. The norm is RMSNorm with a weight. x enters as its m segments, over and over.
+    Behind the last sub-layer a linear map brings the streams back to dim, after a normalisation of every dim
+    numbers, which the paper leaves out at n / m = 1.5, and so do we. The map starts as the one that takes the
+    first m segments. At init these are the residual model to the bit, and so is a converted model (with the
+    normalisation, where the model normalises behind it, up to the eps of the two).
+
+    Args:
+        dim: width of the model.
+        rate: (m, n), fractions of the model's width and segments that are carried.
+        layer_index: of the sub-layer; every one starts alike.
+        dynamic: weights depend on the input.
+        tanh: squash the dynamic part.
+        norm: normalise the streams before the dynamic projection.
+        backend: ``torch`` or ``auto``, which is the same here; there is no kernel.
+
+    Raises:
+        ValueError: not 1 <= m < n, layer_index < 0, a dim that m does not divide, backend ``triton``.
+    """
+
+    center_norm = False
+    has_kernels = False
+    mixes_views = True
+    has_exit = True
+    first_scale = 1.0
+
+    def __init__(
+        self,
+        dim: int,
+        rate: tuple[int, int],
+        layer_index: int = 0,
+        *,
+        dynamic: bool = True,
+        tanh: bool = True,
+        norm: bool = True,
+        backend: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        fractions, segments = rate
+        check_count("fractions", fractions, 1)
+        check_count("layer_index", layer_index, 0)
+        if segments <= fractions:
+            raise ValueError(
+                f"ghc must carry more segments than the model has fractions, got {fractions} fractions and "
+                f"{segments} segments; as many is what dfc{fractions} does"
+            )
+        check_fractions(dim, fractions)
+        super().__init__(
+            dim, segments, fractions, layer_index, dynamic, tanh, norm, backend, device, dtype, is_general=True
+        )
+        self.copies = -(-segments // fractions)
+        self.exit = nn.Identity()
+        self.reset_parameters()
+
+    @property
+    def name(self) -> str:
+        """``ghc2x3``, ..."""
+        return f"ghc{self.views}x{self.streams}"
+
+    def initial_weights(self) -> tuple[Tensor, Tensor]:
+        """[I_m 0; 0 | I_n], and 1 where view and stream are the same segment of x."""
+        m, n = self.views, self.streams
+        beta = torch.eye(m).repeat(self.copies, 1)[:n]
+        return torch.cat([torch.eye(n)[:, :m], torch.eye(n)], dim=1), beta
+
+    def rule(self) -> Rule:
+        """The parameters, the projections over sqrt(E)."""
+        alpha_fn, beta_fn = self.dynamic_alpha_fn, self.dynamic_beta_fn
+        if alpha_fn is not None and beta_fn is not None:
+            factor = self.stream_dim**-0.5
+            alpha_fn, beta_fn = alpha_fn * factor, beta_fn * factor
+        return (
+            self.static_alpha,
+            self.static_beta,
+            alpha_fn,
+            beta_fn,
+            self.dynamic_alpha_scale,
+            self.dynamic_beta_scale,
+            self.norm_weight,
+        )
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Set every parameter to its initial value."""
+        super().reset_parameters()
+        if isinstance(self.exit, Reduction):
+            self.exit.reset_parameters()
+
+    @torch.jit.ignore
+    def place_exit(self, wanted: bool) -> None:
+        """Make the linear map behind the last sub-layer, or take it away; what is there and wanted stays."""
+        if not wanted:
+            self.exit = nn.Identity()
+        elif isinstance(self.exit, nn.Identity):
+            self.exit = Reduction(self.dim, self.width, like=self.static_alpha)
+
+    def enter(self, x: Tensor, rate: int) -> Tensor:
+        """The segments of x, over and over: (..., dim) -> (..., n * dim / m); x itself at a rate of 1."""
+        return torch.cat([x] * rate, dim=-1)[..., : self.width] if rate > 1 else x
+
+    def leave(self, x: Tensor, rate: int) -> Tensor:
+        """(..., n * dim / m) -> (..., dim) by the linear map; x itself at a rate of 1."""
+        return self.exit(x) if rate > 1 else x
+
+
+class Reduction(nn.Linear):
+    """Behind the last sub-layer of GHC: a normalisation of every ``dim`` numbers and a linear map (VWN, alg. 1).
+
+    Where dim does not divide the width, as at 1.5 dim, there is no normalisation. The map starts as the one that takes
+    the first dim numbers.
+    """
+
+    def __init__(self, dim: int, width: int, like: Tensor):
+        self.groups = width // dim if width % dim == 0 else 0
+        super().__init__(width, dim, bias=False, device=like.device, dtype=like.dtype)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """[I | 0]."""
+        self.weight.copy_(torch.eye(*self.weight.shape))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., width) -> (..., dim)."""
+        if self.groups > 0:
+            x = F.layer_norm(x.unflatten(-1, (self.groups, -1)), (x.shape[-1] // self.groups,), eps=1e-6).flatten(-2)
+        return F.linear(x, self.weight)
+
+
+BUILDERS.update(mhc=ManifoldConnection, ihc=IdentityConnection, ghc=GeneralizedConnection)
+
+
+# The weights of mHC and iHC as functions of tensors, as in ``hcvision.connections``.
+
+
+@torch.fx.wrap
+def manifold_weights(
+    streams: Tensor, phi: List[Tensor], scale: List[Tensor], bias: List[Tensor]
+) -> Tuple[Tensor, Tensor]:
+    """alpha (..., S, 1+S) and beta (..., S) of streams (..., S, E), or alpha (..., S) if there is no third of each."""
+    dtype = torch.promote_types(streams.dtype, torch.float32)
+    count = streams.shape[-2]
+    projected = project(streams.flatten(-2), torch.cat([part.mT for part in phi]).to(dtype))
+    scales = torch.cat([s.expand(len(b)) for s, b in zip(scale, bias, strict=True)]).to(dtype)
+    logits = torch.addcmul(torch.cat(bias).to(dtype), scales, projected)
+    read, write = logits[..., :count].sigmoid(), 2 * logits[..., count : 2 * count].sigmoid()
+    if len(phi) == 2:
+        return read, write
+    mixing = sinkhorn(logits[..., 2 * count :].unflatten(-1, (count, count)))
+    return torch.cat([read[..., None], mixing.mT], dim=-1), write
+
+
+def sinkhorn(logits: Tensor, iterations: int = ITERATIONS) -> Tensor:
+    """The matrices that exp(logits), (..., n, n), become when columns and rows are scaled to sum 1 in turn (mHC eq. 9).
+
+    Doubly stochastic in the limit; the rows sum to 1 in any case. Backward goes through the same iterations, and
+    keeps the logits alone. The first column and row are scaled as logarithms: from there on every row and column
+    has a number of at least 1 / n^2, so that logits of any size are safe.
+    """
+    logits = logits.movedim((-2, -1), (0, 1)).contiguous()  # with the tokens last sums over 4 numbers are quick
+    if torch.jit.is_scripting():
+        scaled = _scale_in_turn(logits, iterations)[-1]
+    else:
+        scaled = _scale_in_turn(logits, iterations)[-1] if is_plain() else _Sinkhorn.apply(logits, iterations)
+    return scaled.movedim((0, 1), (-2, -1))
+
+
+def _scale_in_turn(logits: Tensor, iterations: int) -> List[Tensor]:
+    """The matrices (n, n, ...) after each column and each row."""
+    columns = logits.log_softmax(0)
+    steps = [columns.exp(), columns.softmax(1)]
+    for _ in range(iterations - 1):
+        for dim in range(2):
+            steps.append(steps[-1] / steps[-1].sum(dim, keepdim=True))
+    return steps
+
+
+class _Sinkhorn(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(logits, iterations):
+        return _scale_in_turn(logits, iterations)[-1]
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        logits, ctx.iterations = inputs
+        ctx.save_for_backward(logits)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (logits,) = ctx.saved_tensors
+        steps = _scale_in_turn(logits, ctx.iterations)
+        for k in reversed(range(2, len(steps))):
+            dim = k % 2  # sums over rows i, of a column, or over columns
+            grad = (grad - (grad * steps[k]).sum(dim, keepdim=True)) / steps[k - 1].sum(dim, keepdim=True)
+        grad = steps[1] * (grad - (grad * steps[1]).sum(1, keepdim=True))  # softmax of logarithms
+        return grad - steps[0] * grad.sum(0, keepdim=True), None  # log_softmax
+
+
