@@ -1,4 +1,4 @@
-"""Hyper-Connections, Frac-Connections and their successors for vision transformers. Importing it registers the models with timm."""
+"""Hyper-Connections, Frac-Connections and successors for vision transformers; importing it registers timm names."""
 
 from hcvision.connections import (
     Connection,

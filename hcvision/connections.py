@@ -40,7 +40,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from hcvision import kernels
 
 KINDS = ("shc", "dhc", "sfc", "dfc", "mhc", "ihc", "ghc")
-NAMES = (*(f"{kind}{rate}" for kind in KINDS[:6] for rate in (2, 4, 8)), "ghc2x3")  # that timm names are made of
+NAMES = (*(f"{kind}{rate}" for kind in KINDS[:4] for rate in (2, 4, 8)), "mhc4", "ihc4", "ghc2x3")  # timm names end so
 ARRANGEMENTS = ("sequential", "parallel")
 BACKENDS = ("auto", "torch", "triton")
 MOST_COEFFICIENTS = 80  # of a token, for the kernels that auto takes: dhc8, dfc5
@@ -203,9 +203,8 @@ class StreamConnection(Connection):
     recompute = False  # the streams are computed again in backward; see ``recompute_streams``
     records = False  # how the next streams can be computed again goes with them
     has_kernels = True  # whether any step has a kernel
-    mixes_views = False  # whether beta is (..., S, V)
     __jit_unused_properties__ = ["name"]  # noqa: RUF012 - TorchScript
-    parts = {"width": ("alpha",), "depth": ("beta",)}  # what parameters of a part have in their names  # noqa: RUF012
+    parts: Any = {"width": ("alpha",), "depth": ("beta",)}  # what parameters of a part have in their names  # noqa: RUF012
 
     def __init__(self, dim: int, rate: int, streams: int, views: int, layer_index: int, backend: str):
         super().__init__(dim, streams, views)
@@ -251,18 +250,12 @@ class StreamConnection(Connection):
             ValueError: x is not S*E wide.
         """
         _, alpha, beta, _ = self.width_connection(x)[1]
-        return self.as_matrices(alpha, beta)[0], beta
+        return self.whole_alpha(alpha), beta
 
     @torch.jit.ignore
-    def as_matrices(self, alpha: Tensor, beta: Tensor) -> Tuple[Tensor, Tensor]:
-        """What the steps hand on, written out: alpha (..., S, V+S), beta (..., S, V)."""
-        if alpha.dim() == beta.dim() and not self.mixes_views:  # the streams are carried as they are
-            same = torch.eye(self.streams, dtype=alpha.dtype, device=alpha.device).expand(*alpha.shape, -1)
-            alpha = torch.cat([alpha[..., None], same], dim=-1)
-        if not self.mixes_views:
-            same = torch.eye(self.views, dtype=beta.dtype, device=beta.device)
-            beta = beta[..., None] * same.repeat(self.streams // self.views, 1)
-        return alpha, beta
+    def whole_alpha(self, alpha: Tensor) -> Tensor:
+        """(..., S, V+S) of the alpha that goes from step to step."""
+        return alpha
 
     def width_connection(self, x: Tensor) -> Tuple[Tensor, Tuple[Tensor, Tensor, Tensor, Tensor]]:
         """First step: the branch input, and what the second step makes the carried streams of.
@@ -642,7 +635,9 @@ def width_connection(streams: Tensor, rule: Rule, options: Options) -> Tuple[Ten
                 mixed, alpha, beta, _ = _read(streams, views, alone, static, rows, scale, norm, center, tanh)
                 link = streams
             else:
-                mixed, link, alpha, beta = _Width.apply(streams, views, alone, static, rows, scale, norm, center, tanh)[:4]
+                mixed, link, alpha, beta = _Width.apply(streams, views, alone, static, rows, scale, norm, center, tanh)[
+                    :4
+                ]
     return mixed.flatten(-2).to(streams.dtype), streams, alpha, beta, link
 
 
@@ -802,7 +797,7 @@ def _mix(streams: Tensor, alpha: Tensor, output: Optional[Tensor], beta: Optiona
 
 
 def _write(streams: Tensor, alpha: Optional[Tensor], output: Tensor, beta: Tensor) -> Tensor:
-    """alpha^T @ streams + beta * output, or + beta @ output for a beta (..., S, V). None leaves the streams as they are."""
+    """alpha^T @ streams (None: the streams) + beta * output, or + beta @ output for a beta (..., S, V)."""
     if alpha is None:
         return torch.addcmul(streams.to(beta.dtype), beta[..., None], output)
     if beta.dim() == streams.dim():
@@ -993,8 +988,8 @@ def _projected_gradients(
         if mean is not None:  # one more row takes along * (x - mean) instead of along * x
             grad = torch.cat([grad, -along * mean], dim=-1)
             back = torch.cat([back, back.new_ones(1, back.shape[1])])
-    grad_x.view(-1, back.shape[1]).addmm_(grad.flatten(0, -2), back)
-    return grad[..., : len(rows)].flatten(0, -2).mT @ x.flatten(0, -2)
+    grad_x.view(-1, back.shape[1]).addmm_(grad.reshape(-1, len(back)), back)
+    return grad[..., : len(rows)].reshape(-1, len(rows)).mT @ x.reshape(-1, rows.shape[1])
 
 
 class _Prepare(torch.autograd.Function):
@@ -1016,7 +1011,7 @@ class _Prepare(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_static, grad_rows, grad_scale):
-        grads = [None] * 7
+        grads: list[Any] = [None] * 7
         if grad_static is not None:
             grads[0] = grad_static[:, : ctx.views]
             grads[1] = grad_static[:, ctx.views] if ctx.is_vector else grad_static[:, ctx.views :]
@@ -1042,7 +1037,7 @@ class _Width(torch.autograd.Function):
     @staticmethod
     def forward(streams, views, alone, static, rows, scale, norm, center, tanh):
         mixed, alpha, beta, made = _read(streams, views, alone, static, rows, scale, norm, center, tanh)
-        projected, dynamic, rstd, mean = made or [None] * 4
+        projected, dynamic, rstd, mean = made or (None, None, None, None)
         kept = (projected, dynamic if tanh else None, rstd if norm else None, mean if norm and center else None)
         # beta is kept longer than alpha, which must not stay with it
         return mixed, streams.view_as(streams), alpha, beta.contiguous(), *kept
@@ -1112,7 +1107,7 @@ class _Project(torch.autograd.Function):
         x = x.to(rows.dtype)
         if torch.is_grad_enabled():  # for a second derivative
             rstd, _ = _inverse_deviation(x, False)
-        grad_x = torch.zeros_like(x)
+        grad_x = x.new_zeros(x.shape)
         with no_autocast(x.device.type):
             grad_rows = _projected_gradients(grad_x, x, rows, projected, grad, rstd, None)
         return grad_x, grad_rows
@@ -1171,4 +1166,4 @@ class _Depth(torch.autograd.Function):
 
 
 for _function in (_Prepare, _Width, _Project, _Weighed, _Depth):  # or PyTorch works it out anew in every call
-    _function.forward.__signature__ = inspect.signature(_function.forward)  # type: ignore[attr-defined]
+    _function.forward.__signature__ = inspect.signature(_function.forward)  # type: ignore[attr-defined,union-attr]

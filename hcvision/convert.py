@@ -360,7 +360,9 @@ def convert(model: Any, connection: str, *, blocks: Blocks = None, recompute: in
     for i in _chosen(blocks, candidates):
         block, mixin = candidates[i], _mixin(candidates[i])
         if isinstance(block, ConnectedBlock):
-            raise ValueError(f"block {i} of this {own_class(model).__name__} has a connection already ({block.connection1.name})")
+            raise ValueError(
+                f"block {i} of this {own_class(model).__name__} has a connection already ({block.connection1.name})"
+            )
         if kind == "ghc" and hasattr(mixin, "carry1"):
             raise ValueError(
                 f"{connection} cannot take the adds of a {own_class(block).__name__}, which scales x itself; "
@@ -468,13 +470,13 @@ def _place_borders(model: Any) -> None:
                 continue
             rate = carried[i][0]
             goes_on = i + 1 < len(column) and carried[i + 1] == carried[i] and i + 1 not in breaks
-            *_, last = (part for part in block.children() if isinstance(part, Connection))
-            left_behind = i + 1 == len(column) and family.exit and not last.has_exit
+            own: list[Any] = [part for part in block.children() if isinstance(part, Connection)]
+            left_behind = i + 1 == len(column) and family.exit and not own[-1].has_exit
             block.entry_rate = 1 if i > 0 and carried[i - 1] == carried[i] and i not in breaks else rate
             block.exit_rate = 1 if goes_on or left_behind else rate
-            for part in block.children():
-                if isinstance(part, Connection) and part.has_exit:
-                    part.place_exit(part is last and block.exit_rate > 1)
+            for connection in own:
+                if connection.has_exit:
+                    connection.place_exit(connection is own[-1] and block.exit_rate > 1)
         if family.exit and any(rate > 1 for rate, *_ in carried):
             norm = model.get_submodule(family.exit)
             if not isinstance(norm, Exit):

@@ -43,7 +43,7 @@ class Mixing:
     """The weights of one sub-layer, and where streams are entered and left."""
 
     alpha: Tensor  # (B, ..., S, V+S)
-    beta: Tensor  # (B, ..., S, V): how much of each view of the branch output a stream takes
+    beta: Tensor  # (B, ..., S), or (B, ..., S, V) where a stream takes of every view of the output
     enters: bool  # streams were entered before it
     leaves: bool  # and are left behind it
 
@@ -103,7 +103,7 @@ def _wrap(connection: Any, previous: Any, note: Callable[[Passage], None], enter
         if mixed.data_ptr() != streams.data_ptr() and not torch.equal(mixed, streams):
             raise ValueError("a block that scales its streams itself cannot be looked into")
         parts = [part.detach().unflatten(-1, (-1, size)) for part in (streams, view, branch_output, after)]
-        alpha, beta = connection.as_matrices(*carried[1:3])
+        alpha, beta = connection.whole_alpha(carried[1]), carried[2]
         note(Passage(Mixing(alpha.detach(), beta.detach(), enters, leaves), *parts))
         return after
 
@@ -121,8 +121,8 @@ def unfold(mixings: list[Mixing], reduce: Callable[[Tensor], Tensor] = lambda ro
     """How much of every earlier output is in the input of each sub-layer (HC eq. 20 and 27), token by token.
 
     Source 0 is the embedding, source j the output of sub-layer j - 1; the last row is the read-out, the mean over
-    copies (GHC has a linear map there, which no matrix of this kind holds). The views of a frac-connection are the fractions of the hidden state, of sources too; hyper-connections
-    have one view::
+    copies (GHC has a linear map there, which no such matrix holds). The views of a frac-connection are the fractions of
+    the hidden state, of sources too; hyper-connections have one view::
 
         input[k, v] = sum_jq c[k, v, j, q] * source[j, q]
 
@@ -152,7 +152,10 @@ def unfold(mixings: list[Mixing], reduce: Callable[[Tensor], Tensor] = lambda ro
             mixed = torch.einsum("...sm,...sjq->...mjq", mixing.alpha, state)
         rows.append(reduce(mixed[..., :views, :, :]))
         state = mixed[..., views:, :, :].clone()
-        state[..., k + 1, :] += mixing.beta
+        if mixing.beta.dim() == mixing.alpha.dim():
+            state[..., k + 1, :] += mixing.beta
+        else:
+            state[..., torch.arange(mixing.streams), k + 1, _fractions(mixing)] += mixing.beta
         if mixing.leaves:
             state = _mean_of_copies(state, mixing.views)
     rows.append(reduce(_mean_of_copies(state, views)))
@@ -268,7 +271,10 @@ class StageNotes:
         self.norms: list[list[Tensor]] = [[] for _ in [*self.names, "end"]]  # (B, S) each
         self.likeness: list[list[Tensor]] = [[] for _ in [*self.names, "end"]]  # (B,) each, cosine between two streams
         self.alphas: list[list[Tensor]] = [[] for _ in self.names]  # (B, S, V+S) each
-        self.betas: list[list[Tensor]] = [[] for _ in self.names]  # (B, S, V) each
+        self.betas: list[list[Tensor]] = [[] for _ in self.names]  # (B, S) or (B, S, V) each
+        self.product = torch.empty(0)
+        self.products: list[list[Tensor]] = [[] for _ in self.names]  # (B, S, S) each, of the mixing matrices so far
+        self.gains: list[list[Tensor]] = [[] for _ in self.names]  # (B, 4) each; see ``note_mixing``
 
     def note(self, passage: Passage) -> None:
         k, mixing = len(self.mixings), passage.mixing
@@ -278,13 +284,32 @@ class StageNotes:
             self.cosines[k - 1].append(F.cosine_similarity(self.last_input, view, dim=-1).flatten().cpu())  # type: ignore[arg-type]
         self.last_input = view
         self.note_streams(k, passage.streams)
-        tokens = mixing.alpha.flatten(1, -3), mixing.beta.flatten(1, -3)
-        self.alphas[k].append(tokens[0].mean(1).float().cpu())
-        self.betas[k].append(tokens[1].mean(1).float().cpu())
+        tokens = tuple(range(1, mixing.alpha.dim() - 2))
+        self.alphas[k].append(mean_over(mixing.alpha, tokens).float().cpu())
+        self.betas[k].append(mean_over(mixing.beta, tokens).float().cpu())
+        self.note_mixing(k, mixing, tokens)
         if k + 1 == len(self.names):
             self.note_streams(k + 1, passage.after)
             self.matrices.append(unfold(self.mixings, by_image).cpu())
             self.mixings, self.last_input = [], None
+
+    def note_mixing(self, k: int, mixing: Mixing, tokens: tuple[int, ...]) -> None:
+        """The product of the mixing matrices of every token, and what both can gain.
+
+        As mHC (fig. 3) counts it: the largest absolute row sum of H_res, which bounds what a stream can grow on its way
+        forward, and column sum, for gradients on their way back.
+        """
+        own = mixing.alpha[..., mixing.views :].mT.float()  # row i is the next stream i
+        self.product = own if k == 0 or mixing.enters else own @ self.product
+        sums = [part.abs().sum(dim).amax(-1) for part in (own, self.product) for dim in (-1, -2)]
+        self.products[k].append(mean_over(self.product, tokens).cpu())
+        self.gains[k].append(mean_over(torch.stack(sums, dim=-1), tokens).cpu())
+
+    @property
+    def mixes(self) -> bool:
+        """Whether there are several streams, as many in all sub-layers."""
+        counts = {alphas[0].shape[1] for alphas in self.alphas}
+        return len(counts) == 1 and counts != {1}
 
     def note_streams(self, k: int, streams: Tensor) -> None:
         streams = streams.float().flatten(1, -3)
@@ -320,6 +345,10 @@ class StageNotes:
                 for stream, norm in enumerate(mean)
             ]
         return rows
+
+
+def mean_over(values: Tensor, dims: tuple[int, ...]) -> Tensor:
+    return values.mean(dims) if dims else values
 
 
 class Watcher(pl.Callback):
@@ -419,7 +448,8 @@ def inspect(
 
     Writes CSV and PNG, for each stage of the model: matrix (the unfolded connection matrix, mean and spread over
     images), fractions (the same, fractions of frac-connections apart), similarity (cosine between the inputs of
-    successive sub-layers), streams (norms, and the cosine between streams), weights and classes (dynamic weights).
+    successive sub-layers), streams (norms, and the cosine between streams), mixing and gains (the mixing matrices of
+    streams, their product over depth, and what these can gain), weights and classes (dynamic weights).
 
     Args:
         checkpoint: a run's folder (its best checkpoint, or its last) or a checkpoint; diffusion models work too.
@@ -525,6 +555,9 @@ def summarize(notes: list[StageNotes], twins: list[StageNotes]) -> list[str]:
         if stage.likeness[-1]:
             alike = torch.cat(stage.likeness[-1]).mean()
             lines.append(f"{where}two {stage.part}s have a mean cosine of {alike:.3f} at the end")
+        if stage.mixes:
+            forward, backward = torch.cat(stage.gains[-1]).mean(0)[2:].tolist()
+            lines.append(f"{where}mixing over all depth can gain {forward:.2f} forward and {backward:.2f} back")
     return lines
 
 
@@ -547,6 +580,10 @@ def write_stage(folder: Path, stage: StageNotes, twin: StageNotes | None, labels
         pictures["similarity"] = draw_similarity(stage, twin)
     write_csv(folder / "streams.csv", stage.stream_rows())
     pictures["streams"] = draw_streams(stage)
+    if stage.mixes:
+        write_csv(folder / "mixing.csv", mixing_rows(stage))
+        write_csv(folder / "gains.csv", gain_rows(stage))
+        pictures["mixing"] = draw_mixing(stage)
     write_csv(folder / "weights.csv", weight_rows(stage))
     if stage.dynamic and labels.dim() == 1:
         present = labels.unique()
@@ -588,23 +625,56 @@ def similarity_rows(stage: StageNotes, twin: StageNotes | None) -> list[dict[str
     return rows
 
 
-def weight_names(streams: int, views: int) -> list[str]:
-    """Of the entries of alpha (S, V+S), row by row, and of beta (S,)."""
+def mixing_rows(stage: StageNotes) -> list[dict[str, Any]]:
+    """Per sub-layer, how much of each stream is in each next one, and through all sub-layers up to here."""
+    rows = []
+    for k, name in enumerate(stage.names):
+        own = mixing_matrices(stage, k)
+        product = torch.cat(stage.products[k]).mean(0)
+        for i, j in product.new_ones(product.shape).nonzero().tolist():
+            about = {"sub-layer": name, f"next {stage.part}": i, f"of {stage.part}": j}
+            spread = own.std(0)[i, j] if len(own) > 1 else 0.0
+            numbers = {"weight": own.mean(0)[i, j], "std": spread, "product": product[i, j]}
+            rows.append(about | {key: f"{value:.6f}" for key, value in numbers.items()})
+    return rows
+
+
+def mixing_matrices(stage: StageNotes, k: int) -> Tensor:
+    """H_res of sub-layer k, each image's mean over its tokens, (I, S, S): row i is the next stream i."""
+    alpha = torch.cat(stage.alphas[k])
+    return alpha[..., alpha.shape[2] - alpha.shape[1] :].mT
+
+
+GAINS = ("forward", "backward", "forward, product", "backward, product")
+
+
+def gain_rows(stage: StageNotes) -> list[dict[str, Any]]:
+    """Per sub-layer, the largest row and column sums of its mixing matrix and of the product up to here."""
+    return [
+        {"sub-layer": name}
+        | {gain: f"{value:.6f}" for gain, value in zip(GAINS, torch.cat(gains).mean(0).tolist(), strict=True)}
+        for name, gains in zip(stage.names, stage.gains, strict=True)
+    ]
+
+
+def weight_names(streams: int, views: int, is_general: bool = False) -> list[str]:
+    """Of the entries of alpha (S, V+S), row by row, and of beta (S,), or (S, V) row by row."""
     view = ["view"] if views == 1 else [f"view {v}" for v in range(views)]
     into = [*view, *(f"stream {t}" for t in range(streams))]
+    outputs = [f"output {v}" for v in range(views)] if is_general else ["output"]
     return [f"stream {s} -> {t}" for s in range(streams) for t in into] + [
-        f"output -> stream {s}" for s in range(streams)
+        f"{output} -> stream {s}" for s in range(streams) for output in outputs
     ]
 
 
 def weights_by_image(stage: StageNotes, k: int) -> Tensor:
-    """alpha and beta of sub-layer k, each image's mean over its tokens: (I, S*(V+S) + S)."""
-    return torch.cat([torch.cat(stage.alphas[k]).flatten(1), torch.cat(stage.betas[k])], dim=1).double()
+    """alpha and beta of sub-layer k, each image's mean over its tokens: (I, S*(V+S) + S), or + S*V."""
+    return torch.cat([torch.cat(part[k]).flatten(1) for part in (stage.alphas, stage.betas)], dim=1).double()
 
 
 def names_of(stage: StageNotes, k: int) -> list[str]:
     alpha = stage.alphas[k][0]
-    return weight_names(alpha.shape[1], alpha.shape[2] - alpha.shape[1])
+    return weight_names(alpha.shape[1], alpha.shape[2] - alpha.shape[1], stage.betas[k][0].dim() == alpha.dim())
 
 
 def weight_rows(stage: StageNotes) -> list[dict[str, Any]]:
@@ -762,6 +832,44 @@ def draw_streams(stage: StageNotes) -> Figure:
         return figure
 
 
+def draw_mixing(stage: StageNotes) -> Figure:
+    """The mixing matrix of each sub-layer, the product of those so far, and what both can gain."""
+    own = [mixing_matrices(stage, k).mean(0) for k in range(len(stage.names))]
+    products = [torch.cat(parts).mean(0) for parts in stage.products]
+    size, count = len(own[0]), len(own)
+    with matplotlib.rc_context(STYLE):
+        width = min(max(7.0, 2.0 + 0.16 * (size + 1) * count), 16)
+        figure = Figure(figsize=(width, 7), layout="constrained")
+        *strips, lines = figure.subplots(3, 1, height_ratios=(1, 1, 1.2))
+        titles = (
+            f"mixing matrix of each sub-layer: rows are the next {stage.part}s",
+            "their product from the first on",
+        )
+        middles = [k * (size + 1) + (size - 1) / 2 for k in range(count)]
+        for axes, title, matrices in zip(strips, titles, (own, products), strict=True):
+            gap = torch.full((size, 1), float("nan"))
+            strip = torch.cat([part for matrix in matrices for part in (matrix, gap)], dim=1)[:, :-1]
+            top = float(strip[~strip.isnan()].abs().max())
+            picture = axes.imshow(strip.numpy(), cmap="RdBu", vmin=-top, vmax=top, aspect="auto", interpolation="none")
+            figure.colorbar(picture, ax=axes, shrink=0.9)
+            axes.set_title(title, fontsize=11)
+            axes.set_xticks(middles, [""] * count)
+            axes.set_yticks(range(size))
+            axes.spines[:].set_visible(False)
+        values = torch.stack([torch.cat(gains).mean(0) for gains in stage.gains]).T.tolist()
+        for (name, points), color, style in zip(
+            zip(GAINS, values, strict=True), (OURS, "#d1495b") * 2, ("--", "--", "-", "-"), strict=True
+        ):
+            lines.plot(middles, points, style, color=color, marker=".", label=name)
+        lines.set_xlim(strips[0].get_xlim())
+        lines.set_ylabel("largest row or column sum")
+        lines.set_xticks(middles, stage.names, rotation=90)
+        color_labels(lines, "x", stage.names)
+        lines.grid(alpha=0.25)
+        lines.legend(frameon=False, ncols=2)
+        return figure
+
+
 def draw_classes(stage: StageNotes, labels: Tensor, classes: list[str]) -> Figure:
     """How the weights of each class differ from the mean over classes: what is written, and what is read."""
     panels: dict[str, list[Tensor]] = {"what streams take of an output (beta)": [], "what a branch reads (alpha)": []}
@@ -774,7 +882,10 @@ def draw_classes(stage: StageNotes, labels: Tensor, classes: list[str]) -> Figur
         reads = deviation[:, : streams * mixtures].unflatten(1, (streams, mixtures))[..., : mixtures - streams]
         views = range(mixtures - streams)
         own = torch.stack([reads[:, s, s % len(views)] for s in range(streams)], dim=1)  # FC: of its own fraction
-        for panel, values in zip(panels.values(), (deviation[:, streams * mixtures :], own), strict=True):
+        written = deviation[:, streams * mixtures :]
+        if stage.betas[k][0].dim() == alpha.dim():
+            written = torch.stack([written[:, s * len(views) + s % len(views)] for s in range(streams)], dim=1)
+        for panel, values in zip(panels.values(), (written, own), strict=True):
             panel.append(values)
         places += [name if stream == 0 else "" for stream in range(streams)]
     with matplotlib.rc_context(STYLE):

@@ -37,7 +37,7 @@ torch.fx.wrap("read_streams")
 
 
 class ManifoldConnection(StreamConnection):
-    """mHC: n streams whose mixing matrix is doubly stochastic, all weights from all streams (arXiv 2512.24880, eq. 7-9).
+    """mHC: n streams with a doubly stochastic mixing matrix, all weights from all streams (arXiv 2512.24880, eq. 7-9).
 
     ::
 
@@ -144,6 +144,12 @@ class IdentityConnection(ManifoldConnection):
         """``ihc4``, ..."""
         return f"ihc{self.rate}"
 
+    @torch.jit.ignore
+    def whole_alpha(self, alpha: Tensor) -> Tensor:
+        """(..., S, 1+S) of the read (..., S)."""
+        same = torch.eye(self.streams, dtype=alpha.dtype, device=alpha.device)
+        return torch.cat([alpha[..., None], same.expand(*alpha.shape, -1)], dim=-1)
+
     def rule(self) -> Tuple[List[Tensor], List[Tensor], List[Tensor]]:
         """phi, the scales and the biases: of the read, of the write."""
         return (
@@ -185,7 +191,6 @@ class GeneralizedConnection(MixingConnection):
 
     center_norm = False
     has_kernels = False
-    mixes_views = True
     has_exit = True
     first_scale = 1.0
 
@@ -215,7 +220,7 @@ class GeneralizedConnection(MixingConnection):
             dim, segments, fractions, layer_index, dynamic, tanh, norm, backend, device, dtype, is_general=True
         )
         self.copies = -(-segments // fractions)
-        self.exit = nn.Identity()
+        self.exit: Any = nn.Identity()
         self.reset_parameters()
 
     @property
@@ -233,8 +238,7 @@ class GeneralizedConnection(MixingConnection):
         """The parameters, the projections over sqrt(E)."""
         alpha_fn, beta_fn = self.dynamic_alpha_fn, self.dynamic_beta_fn
         if alpha_fn is not None and beta_fn is not None:
-            factor = self.stream_dim**-0.5
-            alpha_fn, beta_fn = alpha_fn * factor, beta_fn * factor
+            alpha_fn, beta_fn = over_root(alpha_fn, self.stream_dim), over_root(beta_fn, self.stream_dim)
         return (
             self.static_alpha,
             self.static_beta,
@@ -267,6 +271,12 @@ class GeneralizedConnection(MixingConnection):
     def leave(self, x: Tensor, rate: int) -> Tensor:
         """(..., n * dim / m) -> (..., dim) by the linear map; x itself at a rate of 1."""
         return self.exit(x) if rate > 1 else x
+
+
+@torch.fx.wrap
+def over_root(fn: Tensor, number: int) -> Tensor:
+    """fn / sqrt(number), in float32 at least."""
+    return fn.to(torch.promote_types(fn.dtype, torch.float32)) * number**-0.5
 
 
 class Reduction(nn.Linear):
@@ -306,7 +316,7 @@ def manifold_weights(
     dtype = torch.promote_types(streams.dtype, torch.float32)
     count = streams.shape[-2]
     projected = project(streams.flatten(-2), torch.cat([part.mT for part in phi]).to(dtype))
-    scales = torch.cat([s.expand(len(b)) for s, b in zip(scale, bias, strict=True)]).to(dtype)
+    scales = torch.cat([s.expand(b.shape[0]) for s, b in zip(scale, bias, strict=True)]).to(dtype)
     logits = torch.addcmul(torch.cat(bias).to(dtype), scales, projected)
     read, write = logits[..., :count].sigmoid(), 2 * logits[..., count : 2 * count].sigmoid()
     if len(phi) == 2:
@@ -318,7 +328,8 @@ def manifold_weights(
 def sinkhorn(logits: Tensor, iterations: int = ITERATIONS) -> Tensor:
     """The matrices that exp(logits), (..., n, n), become when columns and rows are scaled to sum 1 in turn (mHC eq. 9).
 
-    Doubly stochastic in the limit; the rows sum to 1 in any case. Backward goes through the same iterations, and
+    Doubly stochastic in the limit; the rows sum to 1 in any case, the columns to within 1e-4 for most logits, but near
+    a permutation 20 iterations are few (8 I + noise of 1, n = 4: 0.3 % off, at worst 2 %). Backward goes through the same iterations, and
     keeps the logits alone. The first column and row are scaled as logarithms: from there on every row and column
     has a number of at least 1 / n^2, so that logits of any size are safe.
     """
@@ -361,5 +372,3 @@ class _Sinkhorn(torch.autograd.Function):
             grad = (grad - (grad * steps[k]).sum(dim, keepdim=True)) / steps[k - 1].sum(dim, keepdim=True)
         grad = steps[1] * (grad - (grad * steps[1]).sum(1, keepdim=True))  # softmax of logarithms
         return grad - steps[0] * grad.sum(0, keepdim=True), None  # log_softmax
-
-
