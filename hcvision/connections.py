@@ -59,7 +59,7 @@ def parse_connection(name: str) -> tuple[str, Any]:
     match = re.fullmatch(rf"({'|'.join(KINDS)})([1-9]\d*)(?:x([1-9]\d*))?", name) if isinstance(name, str) else None
     if match is None or (match[1] == "ghc") != (match[3] is not None):
         raise ValueError(
-            f"connection must be 'residual', or one of {', '.join(KINDS[:-1])} followed by a rate of at least 1, such "
+            f"connection must be 'residual' or one of {', '.join(KINDS[:-1])} followed by a rate of at least 1, such "
             f"as 'dhc2', or ghc followed by fractions x segments, such as 'ghc2x3', got {name!r}"
         )
     return match[1], (int(match[2]), int(match[3])) if match[3] else int(match[2])

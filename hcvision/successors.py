@@ -329,9 +329,9 @@ def sinkhorn(logits: Tensor, iterations: int = ITERATIONS) -> Tensor:
     """The matrices that exp(logits), (..., n, n), become when columns and rows are scaled to sum 1 in turn (mHC eq. 9).
 
     Doubly stochastic in the limit; the rows sum to 1 in any case, the columns to within 1e-4 for most logits, but near
-    a permutation 20 iterations are few (8 I + noise of 1, n = 4: 0.3 % off, at worst 2 %). Backward goes through the same iterations, and
-    keeps the logits alone. The first column and row are scaled as logarithms: from there on every row and column
-    has a number of at least 1 / n^2, so that logits of any size are safe.
+    a permutation 20 iterations are few (8 I + noise of 1, n = 4: 0.3 % off, at worst 2 %). Backward goes through the
+    same iterations, and keeps the logits alone. The first column and row are scaled as logarithms: from there on every
+    row and column has a number of at least 1 / n^2, so that logits of any size are safe.
     """
     logits = logits.movedim((-2, -1), (0, 1)).contiguous()  # with the tokens last sums over 4 numbers are quick
     if torch.jit.is_scripting():

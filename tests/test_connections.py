@@ -830,7 +830,7 @@ def test_parse(name, parsed):
 )
 def test_parse_errors(name):
     with pytest.raises(
-        ValueError, match="connection must be 'residual', or one of shc, dhc, sfc, dfc, mhc, ihc followed"
+        ValueError, match="connection must be 'residual' or one of shc, dhc, sfc, dfc, mhc, ihc followed"
     ):
         parse_connection(name)
 

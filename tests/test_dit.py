@@ -264,5 +264,5 @@ def test_errors(kwargs, message):
 
 
 def test_names_of_the_file():
-    assert len(dit.NAMES) == 18 * 13
+    assert len(dit.NAMES) == 18 * 16
     assert all(timm.is_model(name) for name in dit.NAMES)

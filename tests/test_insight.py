@@ -37,6 +37,7 @@ from hcvision.insight import (
     watch,
     weight_names,
     weight_rows,
+    write_stage,
 )
 from hcvision.prediction import load_module
 from hcvision.training import ImageClassifier
@@ -63,6 +64,7 @@ def passages(model, x):
 
 
 KINDS = ["shc1", "shc2", "dhc2", "dhc3", "dhc4", "sfc2", "dfc2", "dfc3", "residual", "half dhc3", "half dfc2"]
+KINDS += ["mhc4", "ihc3", "ghc2x3", "ghc3x4"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -86,7 +88,8 @@ def test_the_matrix_rebuilds_every_input(kind, tiny):
     hook.remove()
     out = taken[-1] if kind != "residual" else taken[-1][..., : inputs.shape[-1]]
     out = out.unflatten(-1, (-1, views, sources.shape[-1])).mean(-3)
-    assert (rebuilt[:, :, -1] - out).abs().max() < 1e-12 * out.abs().max()
+    if kind[0] != "g":  # there a linear map reads out
+        assert (rebuilt[:, :, -1] - out).abs().max() < 1e-12 * out.abs().max()
 
 
 def test_static_weights_by_the_formula_of_the_paper(tiny):
@@ -123,7 +126,47 @@ def test_fractions_by_hand(tiny):
             torch.testing.assert_close(joined[k, j], block.sum(1).mean(), rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("kind", [None, "shc1", "dhc2", "dhc4", "sfc4", "dfc2"])
+@pytest.mark.parametrize("kind", ["dhc3", "mhc4", "ghc2x3", "dfc2", "ihc2"])
+def test_mixing_and_its_product(kind, tiny, tmp_path):
+    """Row i of a mixing matrix makes the next stream i; products go from the first sub-layer on, token by token."""
+    model = build(kind, tiny)
+    stage, seen = StageNotes(model.blocks), []
+    with watch(model.blocks, stage.note), watch(model.blocks, seen.append), torch.no_grad():
+        model(images())
+    product = None
+    for k, passage in enumerate(seen):
+        views = passage.view.shape[-2]
+        own = passage.mixing.alpha[..., views:].mT
+        product = own if product is None else own @ product
+        written = passage.after - own @ passage.streams  # beta times the output
+        if kind not in ("ghc2x3", "dfc2"):
+            torch.testing.assert_close(written, passage.mixing.beta[..., None] * passage.output, rtol=0, atol=1e-10)
+        torch.testing.assert_close(stage.products[k][0].double(), product.mean(1), rtol=1e-4, atol=1e-4)
+        sums = [part.abs().sum(dim).amax(-1).mean(1) for part in (own, product) for dim in (-1, -2)]
+        torch.testing.assert_close(stage.gains[k][0].double(), torch.stack(sums, dim=-1), rtol=1e-4, atol=1e-4)
+    if kind == "mhc4":
+        assert (torch.cat(stage.gains[-1]) - 1).abs().max() < 0.05  # doubly stochastic, and so is the product
+    write_stage(tmp_path, stage, None, torch.tensor([0, 1, 1, 0]), ["a", "b"])
+    rows = read(tmp_path / "mixing.csv")
+    count = seen[0].streams.shape[-2]
+    assert len(rows) == 6 * count**2
+    part = "fraction" if views > 1 else "stream"
+    assert [*rows[0]] == ["sub-layer", f"next {part}", f"of {part}", "weight", "std", "product"]
+    last = {(int(row[f"next {part}"]), int(row[f"of {part}"])): float(row["product"]) for row in rows[-(count**2) :]}
+    expected = product.mean((0, 1))
+    assert all(abs(last[i, j] - expected[i, j]) < 1e-3 for i in range(count) for j in range(count))
+    assert [*read(tmp_path / "gains.csv")[0]] == [
+        "sub-layer",
+        "forward",
+        "backward",
+        "forward, product",
+        "backward, product",
+    ]
+    assert len(read(tmp_path / "weights.csv")) == 6 * count * (views + count + (views if kind[0] == "g" else 1))
+    assert (tmp_path / "mixing.png").exists()
+
+
+@pytest.mark.parametrize("kind", [None, "shc1", "dhc2", "dhc4", "sfc4", "dfc2", "ghc2x3"])
 def test_at_init_every_model_is_residual(kind, tiny):
     model = hcvision.create_model("vit_tiny_patch16_224", kind, num_classes=5, **tiny)
     matrix = unfolded_matrix(model, torch.randn(2, 3, 32, 32))
@@ -506,9 +549,9 @@ def test_inspect_writes_what_it_promises(runs, tmp_path, capsys, image_folder):
     said = capsys.readouterr().out
     assert "20 validation images, 4 sub-layers" in said
     assert "in the residual twin" in said
-    names = {"matrix", "similarity", "streams", "classes"}
+    names = {"matrix", "similarity", "streams", "classes", "mixing"}
     assert {path.name for path in (tmp_path / "x").iterdir()} == {
-        *(f"{name}.png" for name in names), *(f"{name}.csv" for name in {*names, "matrix_spread", "weights"})
+        *(f"{name}.png" for name in names), *(f"{name}.csv" for name in {*names, "matrix_spread", "weights", "gains"})
     }  # fmt: skip
     module = ImageClassifier.load_from_checkpoint(runs / "dhc2" / "checkpoints" / "best.ckpt", weights_only=True).eval()
     batch = spread_images(module, image_folder, 20)
@@ -550,7 +593,9 @@ def test_inspect_fractions_and_diffusion(runs, tmp_path):
     assert (tmp_path / "f" / "fractions.png").is_file()
     assert "cosine between fractions" in read(tmp_path / "f" / "streams.csv")[0]
     inspect(str(runs / "shc2"), str(tmp_path / "d"), images=8)
-    assert {path.stem for path in (tmp_path / "d").iterdir()} == {"matrix", "similarity", "streams", "weights"}
+    assert {path.stem for path in (tmp_path / "d").iterdir()} == {
+        *("matrix", "similarity", "streams", "weights", "mixing", "gains")
+    }
     inspect(
         str(runs / "residual"), images=4, data={"dataset": "folder", "root": str(read_root(runs)), "num_workers": 0}
     )
