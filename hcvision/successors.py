@@ -335,20 +335,21 @@ def sinkhorn(logits: Tensor, iterations: int = ITERATIONS) -> Tensor:
     """
     logits = logits.movedim((-2, -1), (0, 1)).contiguous()  # with the tokens last sums over 4 numbers are quick
     if torch.jit.is_scripting():
-        scaled = _scale_in_turn(logits, iterations)[-1]
+        scaled = _scale_in_turn(logits, iterations)[0][-1]
     else:
-        scaled = _scale_in_turn(logits, iterations)[-1] if is_plain() else _Sinkhorn.apply(logits, iterations)
+        scaled = _scale_in_turn(logits, iterations)[0][-1] if is_plain() else _Sinkhorn.apply(logits, iterations)
     return scaled.movedim((0, 1), (-2, -1))
 
 
-def _scale_in_turn(logits: Tensor, iterations: int) -> List[Tensor]:
-    """The matrices (n, n, ...) after each column and each row."""
+def _scale_in_turn(logits: Tensor, iterations: int) -> Tuple[List[Tensor], List[Tensor]]:
+    """The matrices (n, n, ...) after each column and each row, and the sums that the third and later came by."""
     columns = logits.log_softmax(0)
-    steps = [columns.exp(), columns.softmax(1)]
+    steps, sums = [columns.exp(), columns.softmax(1)], [logits, logits]
     for _ in range(iterations - 1):
         for dim in range(2):
-            steps.append(steps[-1] / steps[-1].sum(dim, keepdim=True))
-    return steps
+            sums.append(steps[-1].sum(dim, keepdim=True))
+            steps.append(steps[-1] / sums[-1])
+    return steps, sums
 
 
 class _Sinkhorn(torch.autograd.Function):
@@ -356,7 +357,7 @@ class _Sinkhorn(torch.autograd.Function):
 
     @staticmethod
     def forward(logits, iterations):
-        return _scale_in_turn(logits, iterations)[-1]
+        return _scale_in_turn(logits, iterations)[0][-1]
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -366,9 +367,9 @@ class _Sinkhorn(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         (logits,) = ctx.saved_tensors
-        steps = _scale_in_turn(logits, ctx.iterations)
+        steps, sums = _scale_in_turn(logits, ctx.iterations)
+        grad = grad.contiguous()
         for k in reversed(range(2, len(steps))):
-            dim = k % 2  # sums over rows i, of a column, or over columns
-            grad = (grad - (grad * steps[k]).sum(dim, keepdim=True)) / steps[k - 1].sum(dim, keepdim=True)
+            grad = (grad - (grad * steps[k]).sum(k % 2, keepdim=True)) / sums[k]  # of a column i, or of a row
         grad = steps[1] * (grad - (grad * steps[1]).sum(1, keepdim=True))  # softmax of logarithms
         return grad - steps[0] * grad.sum(0, keepdim=True), None  # log_softmax

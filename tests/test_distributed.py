@@ -72,6 +72,14 @@ def test_a_run_goes_on_with_other_processes(whole, image_folder, tmp_path, befor
     assert len(whole) == 2
 
 
+@pytest.mark.parametrize("strategy", ["ddp", "sharded"])
+def test_kernels_in_two_processes(whole, image_folder, tmp_path, strategy):
+    """The kernels, in Triton's interpreter, under DDP and FSDP2: the losses of one process without them."""
+    backend = ("--model.connection_backend=triton", "--trainer.num_sanity_val_steps=0")
+    fit(tmp_path / "run", strategy, 1, f"--data.root={image_folder}", *backend)
+    assert losses(tmp_path / "run") == pytest.approx({0: whole[0]}, rel=1e-4)
+
+
 @pytest.mark.parametrize(
     ("tensor", "several_files", "decay", "message"),
     [
@@ -129,7 +137,7 @@ def train_sharded(rank, connection, folder):
 
 
 @pytest.mark.filterwarnings("ignore:.*returned a view tensor")  # nothing is changed in place
-@pytest.mark.parametrize("connection", ["dhc2", "dfc2", "shc2"])
+@pytest.mark.parametrize("connection", ["dhc2", "dfc2", "shc2", "mhc2", "ihc2", "ghc2x3"])
 def test_sharded_weights_learn_what_whole_ones_learn(connection, tmp_path):
     """FSDP2: a block's weights are there in whole only while it is computed, our own backward passes included."""
     context = multiprocessing.get_context("fork")
