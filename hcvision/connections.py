@@ -1022,7 +1022,9 @@ class _Prepare(torch.autograd.Function):
             if norm_weight is not None:
                 grads[6] = (grad_rows * torch.cat([alpha_fn.mT, beta_fn.mT])).sum(0)
                 grad_rows = grad_rows * norm_weight
-            grads[2], grads[3] = grad_rows[: ctx.views].mT, grad_rows[ctx.views :].mT
+            # laid out as the parameters are: DDP warns of what it has to copy, and copies
+            parts = grad_rows[: ctx.views].mT, grad_rows[ctx.views :].mT
+            grads[2], grads[3] = (part.clone(memory_format=torch.contiguous_format) for part in parts)
         if grad_scale is not None:
             of_alpha, grads[5] = grad_scale[..., : ctx.views], grad_scale[..., ctx.views :]
             grads[4] = of_alpha.sum(0, keepdim=True) if ctx.is_number else of_alpha
