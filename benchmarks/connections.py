@@ -3,6 +3,7 @@
     python benchmarks/connections.py
     python benchmarks/connections.py --variants dhc2 textbook-dhc2 peer-dhc2 --rounds 20 --json dhc2.json
     python benchmarks/connections.py --variants dfc4 dhc2 dhc4 --compile
+    python benchmarks/connections.py --variants mhc4 ihc4 ghc2x3
     python benchmarks/connections.py --device cuda --dtype bfloat16 --batch 128
 
 What: one step (forward and backward) of 12 timm blocks of width 384 with 6 heads on 8 x 197 tokens,
@@ -25,7 +26,6 @@ import argparse
 import copy
 import gc
 import json
-import re
 import statistics
 import sys
 from collections.abc import Callable
@@ -42,6 +42,7 @@ from hcvision import convert
 from hcvision.benchmark import Step, TensorMemory, compare, interleaved_times, keep_freed_memory, peak_memory
 from hcvision.connections import HyperConnection, StreamConnection, parse_connection
 from hcvision.runs import markdown
+from hcvision.successors import ITERATIONS, GeneralizedConnection, ManifoldConnection
 
 try:
     import hyper_connections as peer
@@ -94,22 +95,47 @@ class Textbook(nn.Module):
         self.branches = nn.ModuleList(branches(model))
 
     def forward(self, tokens: Tensor) -> Tensor:
-        x = self.norm_pre(tokens).repeat(1, 1, self.copies)
+        x = self.norm_pre(tokens).repeat(1, 1, self.copies)[..., : self.connections[0].width]
         for connection, branch in zip(self.connections, self.branches, strict=True):
             x = self.connect(connection, x, branch)
+        if self.connections[-1].has_exit:
+            return self.norm(self.connections[-1].exit(x))
         return self.norm(x.unflatten(-1, (self.copies, -1)).mean(-2))
 
     def connect(self, c: StreamConnection, x: Tensor, branch: nn.Module) -> Tensor:
         h = x.unflatten(-1, (c.streams, c.stream_dim))
-        alpha, beta = c.static_alpha, c.static_beta
-        if c.dynamic:
-            shape, hyper = (c.stream_dim,), isinstance(c, HyperConnection)
-            normed = F.layer_norm(h, shape, eps=1e-6) if hyper else F.rms_norm(h, shape, c.norm_weight, 1e-6)
-            alpha = alpha + c.dynamic_alpha_scale * torch.tanh(normed @ c.dynamic_alpha_fn)
-            beta = beta + c.dynamic_beta_scale * torch.tanh(normed @ c.dynamic_beta_fn).squeeze(-1)
+        alpha, beta = (manifold_weights if isinstance(c, ManifoldConnection) else mixing_weights)(c, h)
         views, carried = (alpha.mT @ h).split((c.views, c.streams), dim=-2)
         output = branch(views.flatten(-2)).unflatten(-1, (c.views, c.stream_dim))
-        return (beta[..., None] * output + carried).flatten(-2)
+        written = beta @ output if beta.dim() == h.dim() else beta[..., None] * output
+        return (written + carried).flatten(-2)
+
+
+def mixing_weights(c: Any, h: Tensor) -> tuple[Tensor, Tensor]:
+    """HC eq. 10-14, FC eq. 8-12, VWN eq. 13-14."""
+    alpha, beta = c.static_alpha, c.static_beta
+    if c.dynamic:
+        shape, general = (c.stream_dim,), isinstance(c, GeneralizedConnection)
+        hyper, root = isinstance(c, HyperConnection), c.stream_dim**0.5 if general else 1.0
+        normed = F.layer_norm(h, shape, eps=1e-6) if hyper else F.rms_norm(h, shape, c.norm_weight, 1e-6)
+        alpha = alpha + c.dynamic_alpha_scale * torch.tanh(normed @ c.dynamic_alpha_fn / root)
+        dynamic = torch.tanh(normed @ c.dynamic_beta_fn / root)
+        beta = beta + c.dynamic_beta_scale * (dynamic if general else dynamic.squeeze(-1))
+    return alpha, beta
+
+
+def manifold_weights(c: Any, h: Tensor) -> tuple[Tensor, Tensor]:
+    """mHC eq. 7-9."""
+    x = F.rms_norm(h.flatten(-2), (c.width,), eps=1e-6)
+    read = torch.sigmoid(c.scale_pre * (x @ c.phi_pre) + c.bias_pre)
+    write = 2 * torch.sigmoid(c.scale_post * (x @ c.phi_post) + c.bias_post)
+    mixing = torch.eye(c.streams, dtype=h.dtype, device=h.device).expand(*read.shape, -1)
+    if c.mixes:
+        mixing = (c.scale_res * (x @ c.phi_res) + c.bias_res).unflatten(-1, (c.streams, c.streams)).exp()
+        for _ in range(ITERATIONS):
+            for dim in (-2, -1):
+                mixing = mixing / mixing.sum(dim, keepdim=True)
+    return torch.cat([read[..., None], mixing.mT], dim=-1), write
 
 
 def library_trunk(model: VisionTransformer) -> nn.Module:
@@ -172,7 +198,9 @@ def check_values(variant: str, size: Size) -> float:
     direction = torch.randn_like(tokens)
     trunks = library_trunk(converted), Textbook(model, converted)
     ours, theirs = (results(trunk, tokens, direction) for trunk in trunks)
-    return torch.stack([(a - b).abs().max() / b.abs().max() for a, b in zip(ours, theirs, strict=True)]).max().item()
+    # mixing equal streams, or the mean of mixed ones, has gradients of zero in mHC
+    scales = [b.abs().max().clamp(min=1e-6) for b in theirs]
+    return max(((a - b).abs().max() / s).item() for a, b, s in zip(ours, theirs, scales, strict=True))
 
 
 def saved_bytes(trunk: nn.Module, tokens: Tensor) -> int:
@@ -275,7 +303,11 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def variant_name(text: str) -> str:
-    if not re.fullmatch(r"((textbook-|recompute-)?[sd]|peer-d)[hf]c[1-9]\d*", text):
+    form, _, name = text.rpartition("-")
+    kind, _ = parse_connection(name)
+    if kind == "residual" or form not in ("", "textbook", "recompute", "peer"):
+        raise ValueError(text)
+    if form == "peer" and kind not in ("dhc", "dfc"):
         raise ValueError(text)
     return text
 
