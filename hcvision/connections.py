@@ -29,6 +29,7 @@ import contextlib
 import functools
 import inspect
 import re
+import types
 from collections.abc import Callable, Iterator
 from typing import Any, List, Optional, Tuple
 
@@ -628,16 +629,15 @@ def width_connection(streams: Tensor, rule: Rule, options: Options) -> Tuple[Ten
         link = streams
     else:
         with no_autocast(streams.device.type):
-            static, rows, scale = _prepare_at_once(rule, center and norm, streams.dtype)
             if _takes_kernels(streams, views, backend, alone):
+                static, rows, scale = _prepare_at_once(rule, center and norm, streams.dtype)
                 mixed, alpha, beta, link = kernels.width(streams, static, rows, scale, norm, center, tanh)
             elif is_plain():
+                static, rows, scale = _prepare(rule, center and norm, streams.dtype)
                 mixed, alpha, beta, _ = _read(streams, views, alone, static, rows, scale, norm, center, tanh)
                 link = streams
             else:
-                mixed, link, alpha, beta = _Width.apply(streams, views, alone, static, rows, scale, norm, center, tanh)[
-                    :4
-                ]
+                mixed, link, alpha, beta = _Width.apply(streams, norm, center, tanh, *rule)[:4]
     return mixed.flatten(-2).to(streams.dtype), streams, alpha, beta, link
 
 
@@ -764,9 +764,8 @@ def no_autocast(device_type: str) -> contextlib.AbstractContextManager:
 
 def _exact_matmul(tensor: Tensor) -> bool:
     """Whether a matmul may mix streams: on a CPU, where it is quick, if it multiplies float32 as it is."""
-    backends: Any = torch.backends
-    allowed = (backends, backends.mkldnn, backends.mkldnn.matmul)
-    return tensor.device.type == "cpu" and all(part.fp32_precision in ("none", "ieee") for part in allowed)
+    backends: Any = torch.backends  # the innermost setting says what those above it do, where it has none of its own
+    return tensor.device.type == "cpu" and backends.mkldnn.matmul.fp32_precision in ("none", "ieee")
 
 
 def _mix(streams: Tensor, alpha: Tensor, output: Optional[Tensor], beta: Optional[Tensor]) -> Tensor:
@@ -840,6 +839,26 @@ def project(x: Tensor, rows: Tensor) -> Tensor:
             return _project(x.to(rows.dtype), rows, True, False)[0] if is_plain() else _Project.apply(x, rows)[0]
 
 
+def _coefficients(
+    streams: Tensor,
+    static: Tensor,
+    rows: Optional[Tensor],
+    scale: Optional[Tensor],
+    norm: bool,
+    center: bool,
+    tanh: bool,
+) -> Tuple[Tensor, List[Tensor]]:
+    """static + scale * tanh(norm(H) @ rows^T): (..., S, K), and what the dynamic part is made of.
+
+    That is norm(H) @ rows^T (..., S, K), its tanh, 1 / deviation (..., S, 1) and the mean, as far as there are any.
+    """
+    if rows is None or scale is None:
+        return static.expand(streams.shape[:-2] + static.shape), []
+    projected, rstd, mean = _project(streams.to(rows.dtype), rows, norm, center)
+    dynamic = projected.tanh() if tanh else projected
+    return torch.addcmul(static, scale, dynamic), [projected, dynamic, rstd, mean]
+
+
 def _read(
     streams: Tensor,
     views: int,
@@ -853,18 +872,9 @@ def _read(
 ) -> Tuple[Tensor, Tensor, Tensor, List[Tensor]]:
     """Views (..., V, E), alpha (..., S, V+S), beta (..., S), where one column of it stands alone, or (..., S, V).
 
-    And what the dynamic coefficients are made of: norm(H) @ rows^T (..., S, K), its tanh, 1 / deviation (..., S, 1)
-    and the mean, as far as there are any.
+    And what the coefficients are made of.
     """
-    made: List[Tensor] = []
-    if rows is None or scale is None:
-        coefficients = static.expand(streams.shape[:-2] + static.shape)
-    else:
-        streams = streams.to(rows.dtype)
-        projected, rstd, mean = _project(streams, rows, norm, center)
-        dynamic = projected.tanh() if tanh else projected
-        coefficients = torch.addcmul(static, scale, dynamic)
-        made = [projected, dynamic, rstd, mean]
+    coefficients, made = _coefficients(streams, static, rows, scale, norm, center, tanh)
     last = views + static.shape[0]
     mixed = _mix(streams, coefficients[..., :views], None, None)
     beta = coefficients[..., last] if alone else coefficients[..., last:]
@@ -982,14 +992,39 @@ def _projected_gradients(
     """Add the gradient of x to grad_x, and return that of the rows, where projected is norm(x) @ rows^T."""
     back = rows
     if rstd is not None:
-        along = (grad * projected).sum(-1, keepdim=True) * rstd.square() * (-1 / rows.shape[1])
         grad = grad * rstd
-        grad_x.addcmul_(x, along)
+        along = (grad * projected).sum(-1, keepdim=True) * rstd
+        grad_x.addcmul_(x, along, value=-1 / rows.shape[1])
         if mean is not None:  # one more row takes along * (x - mean) instead of along * x
-            grad = torch.cat([grad, -along * mean], dim=-1)
+            grad = torch.cat([grad, along * mean * (1 / rows.shape[1])], dim=-1)
             back = torch.cat([back, back.new_ones(1, back.shape[1])])
     grad_x.view(-1, back.shape[1]).addmm_(grad.reshape(-1, len(back)), back)
     return grad[..., : len(rows)].reshape(-1, len(rows)).mT @ x.reshape(-1, rows.shape[1])
+
+
+def _prepared_gradients(
+    rule: Any, center: bool, grad_static: Optional[Tensor], grad_rows: Optional[Tensor], grad_scale: Optional[Tensor]
+) -> List[Optional[Tensor]]:
+    """Those of the parameters, from those of what ``_prepare`` makes of them."""
+    static_alpha, static_beta, alpha_fn, beta_fn, alpha_scale, _, norm_weight = rule
+    grads: List[Optional[Tensor]] = [None] * 7
+    views = static_alpha.shape[1]
+    if grad_static is not None:
+        grads[0] = grad_static[:, :views]
+        grads[1] = grad_static[:, views] if static_beta.dim() == 1 else grad_static[:, views:]
+    if grad_rows is not None:
+        if center:
+            grad_rows = grad_rows - grad_rows.mean(1, keepdim=True)
+        if norm_weight is not None:
+            grads[6] = (grad_rows * torch.cat([alpha_fn.mT, beta_fn.mT])).sum(0)
+            grad_rows = grad_rows * norm_weight
+        # laid out as the parameters are: DDP warns of what it has to copy, and copies
+        grads[2] = grad_rows[:views].mT.clone(memory_format=torch.contiguous_format)
+        grads[3] = grad_rows[views:].mT.clone(memory_format=torch.contiguous_format)
+    if grad_scale is not None:
+        of_alpha, grads[5] = grad_scale[..., :views], grad_scale[..., views:]
+        grads[4] = of_alpha.sum(0, keepdim=True) if alpha_scale.dim() == 1 else of_alpha
+    return grads
 
 
 class _Prepare(torch.autograd.Function):
@@ -1003,90 +1038,76 @@ class _Prepare(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.center, ctx.dtype, alpha, beta, *dynamic, norm_weight = inputs
-        ctx.save_for_backward(*dynamic[:2], norm_weight)
-        ctx.views, ctx.is_vector = alpha.shape[1], beta.dim() == 1
-        ctx.is_number = dynamic[2] is not None and dynamic[2].dim() == 1
+        ctx.center, _, *rule = inputs
+        ctx.save_for_backward(*rule)
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx, grad_static, grad_rows, grad_scale):
-        grads: list[Any] = [None] * 7
-        if grad_static is not None:
-            grads[0] = grad_static[:, : ctx.views]
-            grads[1] = grad_static[:, ctx.views] if ctx.is_vector else grad_static[:, ctx.views :]
-        if grad_rows is not None:
-            alpha_fn, beta_fn, norm_weight = ctx.saved_tensors
-            if ctx.center:
-                grad_rows = grad_rows - grad_rows.mean(1, keepdim=True)
-            if norm_weight is not None:
-                grads[6] = (grad_rows * torch.cat([alpha_fn.mT, beta_fn.mT])).sum(0)
-                grad_rows = grad_rows * norm_weight
-            # laid out as the parameters are: DDP warns of what it has to copy, and copies
-            parts = grad_rows[: ctx.views].mT, grad_rows[ctx.views :].mT
-            grads[2], grads[3] = (part.clone(memory_format=torch.contiguous_format) for part in parts)
-        if grad_scale is not None:
-            of_alpha, grads[5] = grad_scale[..., : ctx.views], grad_scale[..., ctx.views :]
-            grads[4] = of_alpha.sum(0, keepdim=True) if ctx.is_number else of_alpha
-        return None, None, *grads
+    def backward(ctx, *grads):
+        return None, None, *_prepared_gradients(ctx.saved_tensors, ctx.center, *grads)
+
+
+def _kept(made: List[Tensor], norm: bool, center: bool, tanh: bool) -> List[Optional[Tensor]]:
+    """Of what ``_coefficients`` made, what its gradient needs."""
+    projected, dynamic, rstd, mean = made or (None, None, None, None)
+    return [projected, dynamic if tanh else None, rstd if norm else None, mean if norm and center else None]
 
 
 class _Width(torch.autograd.Function):
-    """``_read`` and the streams, saving the streams and what the coefficients are made of."""
+    """``_prepare``, ``_read`` and the streams, saving the streams and what the coefficients are made of."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(streams, views, alone, static, rows, scale, norm, center, tanh):
-        mixed, alpha, beta, made = _read(streams, views, alone, static, rows, scale, norm, center, tanh)
-        projected, dynamic, rstd, mean = made or (None, None, None, None)
-        kept = (projected, dynamic if tanh else None, rstd if norm else None, mean if norm and center else None)
+    def forward(streams, norm, center, tanh, *rule):
+        views, alone = rule[0].shape[1] - rule[0].shape[0], rule[1].dim() == 1
+        prepared = _prepare(rule, center and norm, streams.dtype)
+        mixed, alpha, beta, made = _read(streams, views, alone, *prepared, norm, center, tanh)
         # beta is kept longer than alpha, which must not stay with it
-        return mixed, streams.view_as(streams), alpha, beta.contiguous(), *kept
+        return mixed, streams.view_as(streams), alpha, beta.contiguous(), *prepared, *_kept(made, norm, center, tanh)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        streams, ctx.views, ctx.alone, static, rows, scale, ctx.norm, ctx.center, ctx.tanh = inputs
-        ctx.save_for_backward(streams, static, rows, scale, *output[4:])
-        ctx.mark_non_differentiable(*(part for part in output[5:] if part is not None))
+        streams, ctx.norm, ctx.center, ctx.tanh, *rule = inputs
+        ctx.save_for_backward(streams, *rule, *output[4:])
+        ctx.mark_non_differentiable(*(part for part in output[4:] if part is not None))
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx, grad_views, grad_carried, grad_alpha, grad_beta, grad_projected, *_):
-        streams, static, rows, scale, projected, dynamic, rstd, mean = ctx.saved_tensors
-        last = ctx.views + static.shape[0]
-        streams = streams.to(static.dtype)
+    def backward(ctx, grad_views, grad_carried, grad_alpha, grad_beta, *_):
+        streams, *saved = ctx.saved_tensors
+        rule, (static, rows, scale, projected, dynamic, rstd, mean) = saved[:7], saved[7:]
+        center = ctx.center and ctx.norm
+        views, last = rule[0].shape[1] - rule[0].shape[0], rule[0].shape[1]
         with no_autocast(streams.device.type):
-            coefficients = static.expand(*streams.shape[:-2], *static.shape)
-            if rows is not None:
-                if torch.is_grad_enabled():  # for a second derivative: what was kept would be a constant there
-                    dynamic = projected.tanh() if ctx.tanh else projected
-                    rstd, mean = _inverse_deviation(streams, ctx.center) if ctx.norm else (None, None)
-                    mean = mean if ctx.center else None
-                dynamic = dynamic if ctx.tanh else projected
-                coefficients = torch.addcmul(static, scale, dynamic)
-            alpha = coefficients[..., :last]
-            grad_streams, through = _mixed_gradients(streams, alpha, ctx.views, grad_views, grad_carried)
+            if torch.is_grad_enabled():  # for a second derivative: what was kept would be a constant there
+                static, rows, scale = _prepare(rule, center, streams.dtype)
+                coefficients, made = _coefficients(streams, static, rows, scale, ctx.norm, ctx.center, ctx.tanh)
+                projected, dynamic, rstd, mean = _kept(made, ctx.norm, ctx.center, ctx.tanh)
+            else:
+                coefficients = static.expand(*streams.shape[:-2], *static.shape)
+                if rows is not None:
+                    coefficients = torch.addcmul(static, scale, projected if dynamic is None else dynamic)
+            streams = streams.to(static.dtype)
+            dynamic = projected if dynamic is None else dynamic
+            grad_streams, through = _mixed_gradients(streams, coefficients[..., :last], views, grad_views, grad_carried)
             if grad_beta is None:
                 grad_beta = torch.zeros_like(coefficients[..., last:])
-            elif ctx.alone:
+            elif rule[1].dim() == 1:
                 grad_beta = grad_beta[..., None]
             grad = torch.cat([*through, grad_beta], dim=-1)
             if grad_alpha is not None:
                 grad = grad + F.pad(grad_alpha, (0, static.shape[1] - last))
             grad_static = grad.reshape(-1, *static.shape).sum(0)
-            if rows is None:
-                return grad_streams, None, None, grad_static, *[None] * 5
-            grad_scale = (grad * dynamic).reshape(-1, *static.shape).sum(0)
-            if scale.dim() == 1:
-                grad_scale = grad_scale.sum(0)
-            grad = grad * scale
-            if ctx.tanh:
-                grad = torch.ops.aten.tanh_backward(grad, dynamic)
-            if grad_projected is not None:
-                grad = grad + grad_projected
-            grad_rows = _projected_gradients(grad_streams, streams, rows, projected, grad, rstd, mean)
-        return grad_streams, None, None, grad_static, grad_rows, grad_scale, None, None, None
+            grad_rows = grad_scale = None
+            if rows is not None:
+                grad_scale = (grad * dynamic).reshape(-1, *scale.shape).sum(0)
+                grad = grad * scale
+                if ctx.tanh:
+                    grad = torch.ops.aten.tanh_backward(grad, dynamic)
+                grad_rows = _projected_gradients(grad_streams, streams, rows, projected, grad, rstd, mean)
+            grads = _prepared_gradients(rule, center, grad_static, grad_rows, grad_scale)
+        return grad_streams, None, None, None, *grads
 
 
 class _Project(torch.autograd.Function):
@@ -1167,5 +1188,12 @@ class _Depth(torch.autograd.Function):
         return grad, None, grad_output, grad_beta
 
 
-for _function in (_Prepare, _Width, _Project, _Weighed, _Depth):  # or PyTorch works it out anew in every call
-    _function.forward.__signature__ = inspect.signature(_function.forward)  # type: ignore[attr-defined,union-attr]
+class _AsGiven(inspect.Signature):
+    """Takes arguments as they come. PyTorch binds them to ``forward`` in every call, for defaults, which ours lack."""
+
+    def bind(self, *args: Any) -> Any:
+        return types.SimpleNamespace(args=args, kwargs={}, apply_defaults=lambda: None)
+
+
+for _function in (_Prepare, _Width, _Project, _Weighed, _Depth):
+    _function.forward.__signature__ = _AsGiven()  # type: ignore[attr-defined,union-attr]
