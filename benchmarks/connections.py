@@ -10,9 +10,9 @@ What: one step (forward and backward) of 12 timm blocks of width 384 with 6 head
 entry, exit and final norm included, eager, against the same trunk with residual adds. ``dhc2`` is
 this library; ``recompute-dhc2`` the same with ``convert(..., recompute=4)``; ``textbook-dhc2`` the
 papers' formula, written down with matmul and autograd; ``peer-dhc2`` the package hyper-connections
-around the same branches, with an RMSNorm. ``--compile`` adds each trunk through torch.compile, against
-the compiled residual trunk and against its own eager step; ``recompute`` is for eager mode. Compiling takes a
-minute or more per trunk.
+around the same branches, with an RMSNorm. ``--compile`` adds each trunk through torch.compile: its step against
+the compiled residual trunk and against its own eager step, and what the compiled graph keeps for backward.
+Compiling takes a minute or more per trunk.
 
 How: first the library's output and gradients are held against the textbook in float64, with random
 connection parameters; where they differ the script says so and exits with 1. Then the variants take
@@ -218,6 +218,17 @@ def saved_bytes(trunk: nn.Module, tokens: Tensor) -> int:
     return kept
 
 
+def compiled_bytes(run: Callable[[Tensor], Tensor], trunk: nn.Module, tokens: Tensor) -> int | None:
+    """``saved_bytes`` of a compiled trunk, from the graph itself; None where it is not one graph."""
+    output = run(tokens.clone())
+    function: Any = output.grad_fn
+    if {type(node).__name__ for node, _ in function.next_functions if node} - {"AccumulateGrad", "CloneBackward0"}:
+        return None
+    others = {tensor.untyped_storage().data_ptr() for tensor in (output, *trunk.parameters())}
+    storages = {storage.data_ptr(): storage for storage in (t.untyped_storage() for t in function.saved_tensors)}
+    return sum(storage.nbytes() for address, storage in storages.items() if address not in others)
+
+
 def training_step(run: Callable[[Tensor], Tensor], trunk: nn.Module, tokens: Tensor, direction: Tensor) -> Step:
     """Forward and backward through ``run``, which has the parameters of the trunk, as a function."""
 
@@ -240,10 +251,11 @@ def measure(
     saved = {variant: saved_bytes(trunk, tokens) for variant, trunk in trunks.items()}
     parameters = {variant: sum(p.numel() for p in trunk.parameters()) for variant, trunk in trunks.items()}
     steps = {(variant, False): training_step(trunk, trunk, tokens, direction) for variant, trunk in trunks.items()}
-    for variant, trunk in trunks.items():
-        if compiler and not variant.startswith("recompute-"):  # a compiler decides by itself what it keeps
-            compiled = torch.compile(trunk, dynamic=False, backend=compiler)
-            steps[variant, True] = training_step(compiled, trunk, tokens, direction)
+    kept: dict[str, int | None] = {}
+    for variant, trunk in trunks.items() if compiler else ():
+        compiled = torch.compile(trunk, dynamic=False, backend=compiler)
+        kept[variant] = compiled_bytes(compiled, trunk, tokens)
+        steps[variant, True] = training_step(compiled, trunk, tokens, direction)
     peaks = {}
     if device == "cuda":
         for key, step in steps.items():
@@ -263,6 +275,8 @@ def measure(
         if (variant, True) in steps:
             row["compiled"] = beside(times, (variant, True), ("residual", True))
             row["compiled_to_eager"] = beside(times, (variant, True), (variant, False))
+            whole = kept["residual"] and kept[variant]
+            row["compiled_saved"] = whole and whole / kept["residual"]
         if device == "cuda":
             row["ms"] = statistics.median(times[variant, False]) * 1e3
             row["peak_mib"] = peaks[variant, False] / 2**20
@@ -289,14 +303,16 @@ def table(rows: list[dict[str, Any]]) -> str:
     cuda, compiled = "ms" in rows[0], "compiled" in rows[0]
     header = ["variant", "step time (quartiles)", "saved activations", "extra parameters"]
     header[2:2], header[4:4] = ([] if cuda else ["bar"]), ["bar"]
-    header += ["compiled (quartiles)", "compiled / eager"] if compiled else []
+    header += ["compiled (quartiles)", "compiled / eager", "compiled, saved"] if compiled else []
     header += ["ms", "peak MiB"] if cuda else []
     lines = [header]
     for row in rows:
         time_bar, saved_bar = map(bar, BARS.get(row["variant"], (None, None)))
         line = [row["variant"], spread(row), *([] if cuda else [time_bar])]
         line += [f"{row['saved']:.2f} x", saved_bar, f"{row['parameters']:,}"]
-        line += [spread(row[key]) if key in row else "" for key in COMPILED] if compiled else []
+        if compiled:
+            line += [spread(row[key]) for key in COMPILED]
+            line.append(f"{row['compiled_saved']:.2f} x" if row["compiled_saved"] else "")
         line += [f"{row['ms']:.2f}", f"{row['peak_mib']:.0f}"] if cuda else []
         lines.append(line)
     return "\n".join(markdown(lines))

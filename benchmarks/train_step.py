@@ -13,11 +13,12 @@ environment takes the kernels along.
 2. The bandwidth of a copy: bytes read and written, by the median time.
 3. Kernels: the bytes that each has to move, over its median time (CUDA events, the L2 cache flushed before each run),
    beside that of the copy. All that an operator does counts as its time, the sums over tokens in backward too.
-4. Training steps: forward, backward and fused AdamW of whole models, their blocks compiled one by one. Variants take
-   turns, a step each per round; a ratio is a step's time over that of the residual step of the same round. Peak
-   memory is a model's own: weights, gradients, optimizer and activations. Under bf16 autocast, with weights in
-   float32, the residual stream of a timm ViT is float32, and so are the streams of connections: the embedding is
-   added to a float32 parameter. ``bf16-true`` keeps all of it in bfloat16.
+4. Training steps: forward, backward and fused AdamW of whole models, their blocks compiled one by one, or four by four
+   where streams are computed again (``recompute``): what goes from graph to graph is kept. Variants take turns, a step
+   each per round; a ratio is a step's time over that of the residual step of the same round. Peak memory is a model's
+   own: weights, gradients, optimizer and activations. Under bf16 autocast, with weights in float32, the residual
+   stream of a timm ViT is float32, and so are the streams of connections: the embedding is added to a float32
+   parameter. ``bf16-true`` keeps all of it in bfloat16.
 """
 
 import argparse
@@ -55,7 +56,7 @@ from connections import (
     results,
     spread,
 )
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hcvision import build_connection, convert, kernels
@@ -393,9 +394,9 @@ def find_groups(vit_batch: int, dit_batch: int, precision: str, has_kernels: boo
     fused = ["triton"] if has_kernels else []
     best = (*fused, "torch")[0]
     found = [
-        group(vit, precision, True, [*fused, "torch"]),
+        group(vit, precision, True, [*fused, "torch"], "recompute-dhc4"),
         group(vit, precision, False, [*fused, "torch"], "recompute-dhc4"),
-        group(dit, precision, True, [], f"{best}-dhc4"),
+        group(dit, precision, True, [], f"{best}-dhc4", "recompute-dhc4"),
     ]
     if has_peer:
         found.append(group(vit, precision, False, ["peer"]))
@@ -404,6 +405,15 @@ def find_groups(vit_batch: int, dit_batch: int, precision: str, has_kernels: boo
     if has_peer:
         found.append(group(vit, precision, True, ["peer"]))
     return found
+
+
+class Run(nn.Sequential):
+    """Blocks one after the other, as one graph of the compiler."""
+
+    def forward(self, x: Tensor, *condition: Tensor) -> Tensor:
+        for block in self:
+            x = block(x, *condition)
+        return x
 
 
 def build_step(group: Group, variant: str, setup: Setup, has_kernels: bool, compiler: str, whole: bool) -> Step:
@@ -421,6 +431,9 @@ def build_step(group: Group, variant: str, setup: Setup, has_kernels: bool, comp
         for parameter in model.parameters():
             if not parameter.any():
                 parameter.normal_(std=0.02)  # gates and projections that begin closed
+    if form == "recompute" and group.compiled and not whole:
+        blocks = list(model.blocks)
+        model.blocks = nn.Sequential(*(Run(*blocks[i : i + RECOMPUTE]) for i in range(0, len(blocks), RECOMPUTE)))
     if group.compiled:
         for part in [model] if whole else model.blocks:
             part.compile(dynamic=False, backend=compiler)

@@ -36,6 +36,7 @@ from typing import Any, List, Optional, Tuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from hcvision import kernels
@@ -201,8 +202,8 @@ class StreamConnection(Connection):
     autocast says: the streams are the model's memory, and a matmul in bfloat16 would round them in every sub-layer.
     """
 
-    recompute = False  # the streams are computed again in backward; see ``recompute_streams``
-    records = False  # how the next streams can be computed again goes with them
+    recompute = False  # the streams that are read are computed again in backward; see ``recompute_streams``
+    records = False  # and those that are written: how they can be goes with them
     has_kernels = True  # whether any step has a kernel
     __jit_unused_properties__ = ["name"]  # noqa: RUF012 - TorchScript
     parts: Any = {"width": ("alpha",), "depth": ("beta",)}  # what parameters of a part have in their names  # noqa: RUF012
@@ -276,8 +277,8 @@ class StreamConnection(Connection):
         streams = split_streams(x, self.streams, self.stream_dim)
         if torch.jit.is_scripting():
             pass
-        elif self.records:
-            with keep_recipe(x, streams) if self.recompute else contextlib.nullcontext():
+        elif self.recompute:
+            with keep_recipe(x, streams):
                 view, streams, alpha, beta, link = self.read(streams)
             return view, (streams, alpha, beta, link)
         view, streams, alpha, beta, link = self.read(streams)
@@ -296,14 +297,17 @@ class StreamConnection(Connection):
         Raises:
             ValueError: branch_output is not shaped like the branch input.
         """
+        return self.write(branch_output, carried, self.records)
+
+    def write(self, branch_output: Tensor, carried: Tuple[Tensor, Tensor, Tensor, Tensor], records: bool) -> Tensor:
+        """``depth_connection``; ``records`` says whether the next streams can be computed again."""
         streams, alpha, beta, link = carried
         output = split_output(branch_output, streams, self.views)
-        x = depth_connection(streams, output, alpha, beta, link, self.backend)
         if torch.jit.is_scripting():
             pass
-        elif self.records and torch.is_grad_enabled():
-            record(x, streams, output, alpha, beta, self.backend)
-        return x
+        elif records and torch.is_grad_enabled():
+            return recomputable(streams, output, alpha, beta, link, self.backend)
+        return depth_connection(streams, output, alpha, beta, link, self.backend)
 
     def join(
         self, branch_output: Tensor, carried: Tuple[Tensor, Tensor, Tensor, Tensor]
@@ -320,7 +324,7 @@ class StreamConnection(Connection):
         Raises:
             ValueError: branch_output is not shaped like the branch input.
         """
-        return self.width_connection(self.depth_connection(branch_output, carried))
+        return self.width_connection(self.write(branch_output, carried, self.recompute))
 
     def carry(self, x: Tensor, carried: Tuple[Tensor, Tensor, Tensor, Tensor]) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
         """Between the steps, for blocks that scale x in their add: carry these streams, (..., S*E), instead.
@@ -426,8 +430,8 @@ class MixingConnection(StreamConnection):
         """See ``StreamConnection``."""
         if torch.jit.is_scripting():
             pass
-        elif self.records:
-            return self.width_connection(self.depth_connection(branch_output, carried))
+        elif self.recompute:
+            return self.width_connection(self.write(branch_output, carried, True))
         streams, alpha, beta, link = carried
         output = split_output(branch_output, streams, self.views)
         view, streams, alpha, beta, link = join_connections(
@@ -914,7 +918,7 @@ def _mixed_gradients(
 
 # Recomputation: what the depth-connection makes follows from what was there before and the branch output,
 # which is kept anyway. A recipe says so, and lives as long as the tensor that it describes, or as autograd
-# keeps it in the place of the streams.
+# keeps it in the place of the streams. A compiler is told to do the same by way of a checkpoint around the rule.
 
 
 class Recipe:
@@ -946,6 +950,16 @@ class Recipe:
 
 
 RECIPES: Any = WeakTensorKeyDictionary()
+
+
+def recomputable(streams: Tensor, output: Tensor, alpha: Tensor, beta: Tensor, link: Tensor, backend: str) -> Tensor:
+    """``depth_connection``, whose outcome need not be kept for backward."""
+    if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+        rule = functools.partial(depth_connection, backend=backend)
+        return checkpoint(rule, streams, output, alpha, beta, link, use_reentrant=False, preserve_rng_state=False)
+    x = depth_connection(streams, output, alpha, beta, link, backend)
+    record(x, streams, output, alpha, beta, backend)
+    return x
 
 
 def record(x: Tensor, streams: Tensor, output: Tensor, alpha: Tensor, beta: Tensor, backend: str) -> None:

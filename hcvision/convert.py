@@ -392,9 +392,10 @@ def recompute_streams(model: Any, every: int) -> nn.Module:
     """Keep less for backward: branch outputs, and the streams of every so many blocks only.
 
     The streams in between are computed again in backward, by the update rule alone, no branch runs twice
-    (mHC, arXiv 2512.24880, section 4.3). Values and gradients stay what they are, to the bit. For eager mode:
-    a compiled model keeps what its compiler decides. Where something replaces the tensor between two blocks, as
-    FSDP2 does, the streams behind it are kept; hooks on saved tensors see them there alone.
+    (mHC, arXiv 2512.24880, section 4.3). Values and gradients stay what they are, to the bit. Through torch.compile the
+    compiler does the same in the graph that it makes; compile the model, not its blocks: what goes from one graph to
+    the next is kept. So are streams behind something that replaces the tensor between two blocks, as FSDP2 does;
+    hooks on saved tensors see them there alone.
 
     Args:
         model: a model with connections.
@@ -411,10 +412,13 @@ def recompute_streams(model: Any, every: int) -> nn.Module:
     if not runs:
         raise ValueError(f"recompute={every} needs a model with connections, this {own_class(model).__name__} has none")
     for run in runs:
-        for i, block in enumerate(run):
-            for k, part in enumerate(part for part in block.children() if isinstance(part, StreamConnection)):
-                part.records = every > 0
-                part.recompute = every > 0 and (i % every != 0 or k > 0)
+        groups = (run[i : i + every] for i in range(0, len(run), every)) if every else [run]
+        for group in groups:
+            parts = [[part for part in block.children() if isinstance(part, StreamConnection)] for block in group]
+            for i, (own, following) in enumerate(zip(parts, [*parts[1:], []], strict=True)):
+                for k, part in enumerate(own):
+                    part.recompute = every > 0 and (i > 0 or k > 0)
+                    part.records = every > 0 and (part is not own[-1] or following != [])
     return model
 
 

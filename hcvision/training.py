@@ -82,7 +82,8 @@ class TimmModule(pl.LightningModule):
         connection_backend: ``torch``; ``triton``, fused kernels, an error where they cannot run; or ``auto``, which
             takes them on a GPU. Checkpoints do not know of it.
         connection_recompute: keep the streams of every so many blocks only, and compute those in between again in
-            backward from the branch outputs, which are kept: less memory, hardly more time. 0 keeps them all.
+            backward from the branch outputs, which are kept: less memory, hardly more time, with ``compile`` too.
+            0 keeps them all.
         skip_nonfinite: how many updates may be left out because the loss or its gradient is NaN or infinite; one
             more stops the run.
 
@@ -138,9 +139,10 @@ class TimmModule(pl.LightningModule):
             )
         if init_from is not None:
             find_weights(init_from)
-        if connection_recompute and (compile or grad_checkpointing):
-            other = "compile, which decides itself what to keep" if compile else "grad_checkpointing, which keeps less"
-            raise ValueError(f"connection_recompute={connection_recompute} has no use with {other}")
+        if connection_recompute and grad_checkpointing:
+            raise ValueError(
+                f"connection_recompute={connection_recompute} has no use with grad_checkpointing, which keeps less"
+            )
         self.save_hyperparameters(ignore=["connection_backend", "connection_recompute"])  # the run's own
         load_pretrained = pretrained and init_from is None
         try:

@@ -161,6 +161,7 @@ def test_compiled(monkeypatch):
         ("recompute-dhc2", False): [4.0, 8.0],
         ("residual", True): [1.0, 2.0],
         ("dhc2", True): [1.2, 2.4],
+        ("recompute-dhc2", True): [1.1, 2.2],
     }
 
     def interleaved_times(steps, rounds, device, tick):
@@ -169,20 +170,31 @@ def test_compiled(monkeypatch):
             step()
         return times
 
-    compiled = []
+    compiled, kept = [], [100, 150, None]
     monkeypatch.setattr(benchmark, "interleaved_times", interleaved_times)
+    monkeypatch.setattr(benchmark, "compiled_bytes", lambda run, trunk, tokens: kept.pop(0))
     monkeypatch.setattr(torch, "compile", lambda trunk, **kwargs: compiled.append(kwargs) or trunk)
     variants = ["dhc2", "recompute-dhc2"]
     rows = benchmark.measure(variants, 2, benchmark.SMALL, "cpu", torch.float32, "inductor")
-    assert compiled == 2 * [{"dynamic": False, "backend": "inductor"}]
+    assert compiled == 3 * [{"dynamic": False, "backend": "inductor"}]
     residual, dhc2, recompute = rows
     assert (residual["compiled"]["ratio"], residual["compiled_to_eager"]["ratio"]) == (1, 0.5)
     assert (dhc2["ratio"], dhc2["compiled"]["ratio"], dhc2["compiled_to_eager"]["ratio"]) == (1.5, 1.2, 0.4)
-    assert recompute["ratio"] == 2
-    assert "compiled" not in recompute
+    assert (recompute["ratio"], recompute["compiled"]["ratio"]) == (2, 1.1)
+    assert (dhc2["compiled_saved"], recompute["compiled_saved"]) == (1.5, None)
     *_, line, last = benchmark.table(rows).splitlines()
-    assert line.endswith("| 1.20 x (1.20 - 1.20) | 0.40 x (0.40 - 0.40) |")
-    assert last.endswith("|                      |                      |")
+    assert line.endswith("| 1.20 x (1.20 - 1.20) | 0.40 x (0.40 - 0.40) | 1.50 x          |")
+    assert last.endswith("| 1.10 x (1.10 - 1.10) | 0.28 x (0.28 - 0.28) |                 |")
+
+
+@TRACED
+def test_compiled_bytes():
+    """What one graph keeps: the input and the activations, no parameter; None where there are more graphs."""
+    layer = torch.nn.Sequential(torch.nn.Linear(3, 3, bias=False), torch.nn.Tanh())
+    tokens = torch.randn(2, 5, 3, requires_grad=True)
+    one = torch.compile(layer, backend="aot_eager_decomp_partition")
+    assert benchmark.compiled_bytes(one, layer, tokens) == tokens.nbytes  # and the output, which is there anyway
+    assert benchmark.compiled_bytes(lambda x: one(one(x)), layer, tokens) is None
 
 
 def test_table():
@@ -410,14 +422,14 @@ def test_groups():
         f"{VIT}: compiled, bf16-mixed, batches of 128, the package hyper-connections",
     ]
     forms = [f"{form}-{name}" for form in ("triton", "torch") for name in ("dhc2", "dhc4", "dfc4")]
-    assert full[0].variants == ("residual", *forms)
+    assert full[0].variants == ("residual", *forms, "recompute-dhc4")
     assert full[1].variants == ("residual", *forms, "recompute-dhc4")
-    assert full[2].variants == ("residual", "triton-dhc4")
+    assert full[2].variants == ("residual", "triton-dhc4", "recompute-dhc4")
     few = train_step.find_groups(128, 64, "bf16-true", has_kernels=False, has_peer=False)
     assert [group.variants for group in few] == [
-        ("residual", *forms[3:]),
         ("residual", *forms[3:], "recompute-dhc4"),
-        ("residual", "torch-dhc4"),
+        ("residual", *forms[3:], "recompute-dhc4"),
+        ("residual", "torch-dhc4", "recompute-dhc4"),
     ]
 
 
@@ -490,6 +502,25 @@ def test_compiled_parts(whole, compiled, models):
     train_step.build_step(train_step.Group(VIT, 2, "32", True, ()), "torch-dhc2", SETUP, False, "eager", whole)
     parts = [models[0], *models[0].blocks]
     assert [part._compiled_call_impl is not None for part in parts] == compiled
+
+
+@TRACED
+def test_compiled_recomputation(models, monkeypatch):
+    """Blocks whose streams are computed again together are one graph, and give what they gave one by one."""
+    monkeypatch.setattr(train_step, "RECOMPUTE", 2)
+    deep = train_step.replace(SETUP, model_args={**train_step.TINY[VIT], "depth": 3})
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        train_step.build_step(
+            train_step.Group(VIT, 2, "32", compiled, ()), "recompute-dhc2", deep, False, "eager", False
+        )
+    plain, runs = models
+    assert [len(run) for run in runs.blocks] == [2, 1]
+    assert all(run._compiled_call_impl is not None for run in runs.blocks)
+    for one, other in zip(runs.parameters(), plain.parameters(), strict=True):
+        one.data = other.data
+    x = torch.randn(2, 3, *plain.patch_embed.img_size)
+    torch.testing.assert_close(runs(x), plain(x))
 
 
 @TRACED

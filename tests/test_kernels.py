@@ -176,6 +176,34 @@ def test_recompute(name):
         assert torch.equal(value, plain[key]), key
 
 
+@pytest.mark.skipif(DEVICE == "cpu", reason="a GPU records graphs of its kernels")
+@pytest.mark.parametrize("name", ["dhc2", "dfc2", "shc2"])
+def test_cuda_graph(name):
+    """Recorded once and replayed, forward and backward, the kernels give the same bits."""
+    module = Two(name, 64, "triton", FP32).to(DEVICE)
+    x = torch.randn(6, module.connections[0].width, device=DEVICE)
+    plain = values(module, x, x)
+    graphed = torch.cuda.make_graphed_callables(module, (x.clone().requires_grad_(),))
+    for key, value in values(graphed, x, x).items():
+        assert torch.equal(value, plain[key]), key
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # of torch.compile itself
+@pytest.mark.parametrize(("name", "compiler"), [("dhc2", "aot_eager_decomp_partition"), ("shc3", "inductor")])
+def test_recompute_compiled(name, compiler):
+    """In a compiled module too, where the streams between the sub-layers are not kept for backward."""
+    module = Two(name, 33, "triton", FP32).to(DEVICE)
+    x = torch.randn(5, module.connections[0].width, device=DEVICE)
+    plain = values(module, x, x)
+    module.connections[0].records = module.connections[1].recompute = True
+    module.compile(fullgraph=True, backend=compiler)
+    for key, value in values(module, x, x).items():
+        torch.testing.assert_close(value, plain[key], rtol=1e-5, atol=1e-5)
+    kept = {tensor.untyped_storage() for tensor in module(x.requires_grad_()).grad_fn.saved_tensors}
+    streams = [storage.data_ptr() for storage in kept if storage.nbytes() == x.nbytes]
+    assert set(streams) - {x.data_ptr()} == set()
+
+
 @pytest.mark.parametrize("shape", [(0,), (0, 3), (2, 0)], ids=str)
 @pytest.mark.parametrize("name", ["dhc2", "dfc2", "shc2"])
 def test_empty(name, shape):

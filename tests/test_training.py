@@ -251,7 +251,6 @@ def test_compile_keeps_keys_and_values(build, trainer_args):
         ({"warmup_steps": 1, "warmup_epochs": 1}, "give warmup_steps or warmup_epochs"),
         ({"connection": "dhc2", "connection_backend": "cuda"}, "unknown connection_backend 'cuda'"),
         ({"connection_recompute": 2}, "recompute=2 needs a model with connections"),
-        ({"connection_recompute": 2, "compile": True}, "connection_recompute=2 has no use with compile"),
         ({"connection_recompute": 2, "grad_checkpointing": True}, "has no use with grad_checkpointing"),
     ],
 )
