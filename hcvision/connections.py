@@ -202,8 +202,6 @@ class StreamConnection(Connection):
     autocast says: the streams are the model's memory, and a matmul in bfloat16 would round them in every sub-layer.
     """
 
-    recompute = False  # the streams that are read are computed again in backward; see ``recompute_streams``
-    records = False  # and those that are written: how they can be goes with them
     has_kernels = True  # whether any step has a kernel
     __jit_unused_properties__ = ["name"]  # noqa: RUF012 - TorchScript
     parts: Any = {"width": ("alpha",), "depth": ("beta",)}  # what parameters of a part have in their names  # noqa: RUF012
@@ -212,6 +210,8 @@ class StreamConnection(Connection):
         super().__init__(dim, streams, views)
         self.rate, self.layer_index = rate, layer_index
         self.stream_dim = dim // views
+        self.recompute = False  # the streams that are read are computed again in backward; see ``recompute_streams``
+        self.records = False  # and those that are written: how they can be goes with them
         self.backend = "auto"
         self.choose_backend(backend)
 
@@ -740,7 +740,7 @@ def _prepare_at_once(rule: Rule, center: bool, dtype: torch.dtype) -> Any:
 
 def _takes_kernels(streams: Tensor, views: int, backend: str, fits: bool) -> bool:
     """Whether this connection runs as kernels, which take mixed streams and for each of them one number of beta."""
-    if backend == "torch" or torch.jit.is_tracing() or torch.compiler.is_exporting():
+    if backend == "torch" or torch.jit.is_tracing() or is_exporting():
         return False
     number = streams.shape[-2] * (views + streams.shape[-2] + 1)  # dfc6 and above take minutes to compile
     if backend == "auto" and (not streams.is_cuda or number > MOST_COEFFICIENTS):
@@ -758,6 +758,11 @@ def _for_kernels(output: Tensor, streams: Tensor) -> Tensor:
 
 def is_plain() -> bool:
     return torch.jit.is_tracing() or torch.compiler.is_compiling()
+
+
+def is_exporting() -> bool:
+    flags: Any = torch.compiler  # is_exporting() itself says yes in every torch.compile of PyTorch 2.11
+    return flags._is_exporting_flag
 
 
 def no_autocast(device_type: str) -> contextlib.AbstractContextManager:
@@ -954,7 +959,7 @@ RECIPES: Any = WeakTensorKeyDictionary()
 
 def recomputable(streams: Tensor, output: Tensor, alpha: Tensor, beta: Tensor, link: Tensor, backend: str) -> Tensor:
     """``depth_connection``, whose outcome need not be kept for backward."""
-    if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+    if torch.compiler.is_compiling() and not is_exporting():
         rule = functools.partial(depth_connection, backend=backend)
         return checkpoint(rule, streams, output, alpha, beta, link, use_reentrant=False, preserve_rng_state=False)
     x = depth_connection(streams, output, alpha, beta, link, backend)

@@ -198,10 +198,10 @@ def test_recompute_compiled(name, compiler):
     module.connections[0].records = module.connections[1].recompute = True
     module.compile(fullgraph=True, backend=compiler)
     for key, value in values(module, x, x).items():
-        torch.testing.assert_close(value, plain[key], rtol=1e-5, atol=1e-5)
-    kept = {tensor.untyped_storage() for tensor in module(x.requires_grad_()).grad_fn.saved_tensors}
-    streams = [storage.data_ptr() for storage in kept if storage.nbytes() == x.nbytes]
-    assert set(streams) - {x.data_ptr()} == set()
+        torch.testing.assert_close(value, plain[key], rtol=1e-4, atol=1e-4)
+    out = module(x.requires_grad_())
+    kept = [tensor.untyped_storage() for tensor in out.grad_fn.saved_tensors]
+    assert {storage.data_ptr() for storage in kept if storage.nbytes() == x.nbytes} <= {x.data_ptr()}
 
 
 @pytest.mark.parametrize("shape", [(0,), (0, 3), (2, 0)], ids=str)
@@ -275,13 +275,17 @@ def test_operators(dynamic):
 
 
 @pytest.mark.parametrize(("name", "compiler"), [("dhc2", "aot_eager"), ("dfc2", "inductor"), ("shc2", "aot_eager")])
-def test_compile(name, compiler):
-    """torch.compile in one graph, forward and backward, with the operators in it."""
+def test_compile(name, compiler, monkeypatch):
+    """torch.compile in one graph, forward and backward, with the operators in it: as many kernels run."""
+    launched, launch = [], kernels._launch
+    monkeypatch.setattr(kernels, "_launch", lambda kernel, *rest: launched.append(kernel) or launch(kernel, *rest))
     module = Two(name, 8, "triton", FP32).to(DEVICE)
     x = torch.randn(2, 3, module.connections[0].width, device=DEVICE)
     compiled = copy.deepcopy(module)
     compiled.compile(fullgraph=True, backend=compiler)
-    ours, theirs = values(compiled, x, x.cos()), values(module, x, x.cos())
+    ours, number = values(compiled, x, x.cos()), len(launched)
+    theirs = values(module, x, x.cos())
+    assert len(launched) == 2 * number > 0
     for key, value in theirs.items():
         torch.testing.assert_close(ours[key], value, rtol=1e-5, atol=1e-5, msg=lambda text, key=key: f"{key}: {text}")
 
