@@ -1,4 +1,4 @@
-"""The update rule of ``hcvision.connections`` as Triton kernels: what one token needs, in one pass over its streams.
+"""The update rule of ``hcvision.mixing`` as Triton kernels: what one token needs, in one pass over its streams.
 
 Two kernels do everything. ``_forward_kernel`` is the depth-connection of a sub-layer, the
 width-connection of the next one, or both joined; ``_backward_kernel`` goes back through the same. Bytes

@@ -20,20 +20,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hcvision.connections import (
-    BUILDERS,
-    MixingConnection,
-    Rule,
-    StreamConnection,
-    check_count,
-    check_fractions,
-    is_plain,
-    project,
-    read_streams,
-)
+from hcvision import mixing
+from hcvision.connections import BUILDERS, MixingConnection, StreamConnection, check_count, check_fractions
 
 ITERATIONS = 20
-torch.fx.wrap("read_streams")
 
 
 class ManifoldConnection(StreamConnection):
@@ -122,7 +112,7 @@ class ManifoldConnection(StreamConnection):
         """See ``StreamConnection``."""
         phi, scale, bias = self.rule()
         alpha, beta = manifold_weights(streams, phi, scale, bias)
-        return read_streams(streams, alpha, beta, 1)
+        return mixing.read_streams(streams, alpha, beta, 1)
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}, rate={self.rate}, layer_index={self.layer_index}"
@@ -234,7 +224,7 @@ class GeneralizedConnection(MixingConnection):
         beta = torch.eye(m).repeat(self.copies, 1)[:n]
         return torch.cat([torch.eye(n)[:, :m], torch.eye(n)], dim=1), beta
 
-    def rule(self) -> Rule:
+    def rule(self) -> mixing.Rule:
         """The parameters, the projections over sqrt(E)."""
         alpha_fn, beta_fn = self.dynamic_alpha_fn, self.dynamic_beta_fn
         if alpha_fn is not None and beta_fn is not None:
@@ -305,7 +295,7 @@ class Reduction(nn.Linear):
 BUILDERS.update(mhc=ManifoldConnection, ihc=IdentityConnection, ghc=GeneralizedConnection)
 
 
-# The weights of mHC and iHC as functions of tensors, as in ``hcvision.connections``.
+# The weights of mHC and iHC as functions of tensors, as in ``hcvision.mixing``.
 
 
 @torch.fx.wrap
@@ -315,14 +305,14 @@ def manifold_weights(
     """alpha (..., S, 1+S) and beta (..., S) of streams (..., S, E), or alpha (..., S) if there is no third of each."""
     dtype = torch.promote_types(streams.dtype, torch.float32)
     count = streams.shape[-2]
-    projected = project(streams.flatten(-2), torch.cat([part.mT for part in phi]).to(dtype))
+    projected = mixing.project(streams.flatten(-2), torch.cat([part.mT for part in phi]).to(dtype))
     scales = torch.cat([s.expand(b.shape[0]) for s, b in zip(scale, bias, strict=True)]).to(dtype)
     logits = torch.addcmul(torch.cat(bias).to(dtype), scales, projected)
     read, write = logits[..., :count].sigmoid(), 2 * logits[..., count : 2 * count].sigmoid()
     if len(phi) == 2:
         return read, write
-    mixing = sinkhorn(logits[..., 2 * count :].unflatten(-1, (count, count)))
-    return torch.cat([read[..., None], mixing.mT], dim=-1), write
+    mix = sinkhorn(logits[..., 2 * count :].unflatten(-1, (count, count)))
+    return torch.cat([read[..., None], mix.mT], dim=-1), write
 
 
 def sinkhorn(logits: Tensor, iterations: int = ITERATIONS) -> Tensor:
@@ -337,7 +327,7 @@ def sinkhorn(logits: Tensor, iterations: int = ITERATIONS) -> Tensor:
     if torch.jit.is_scripting():
         scaled = _scale_in_turn(logits, iterations)[0][-1]
     else:
-        scaled = _scale_in_turn(logits, iterations)[0][-1] if is_plain() else _Sinkhorn.apply(logits, iterations)
+        scaled = _scale_in_turn(logits, iterations)[0][-1] if mixing.is_plain() else _Sinkhorn.apply(logits, iterations)
     return scaled.movedim((0, 1), (-2, -1))
 
 

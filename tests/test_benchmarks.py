@@ -11,7 +11,8 @@ import pytest
 import torch
 
 import hcvision.benchmark
-import hcvision.connections
+import hcvision.mixing
+import hcvision.recomputation
 from hcvision import kernels
 from hcvision.connections import StreamConnection
 
@@ -61,14 +62,14 @@ def carry_nan(*args):
     return PLAIN["depth_connection"](*args) * float("nan")
 
 
-PLAIN = {name: getattr(hcvision.connections, name) for name in ("depth_connection", "_mix")}
+PLAIN = {name: getattr(hcvision.mixing, name) for name in ("depth_connection", "_mix")}
 BREAKS = [("depth_connection", write_too_much), ("_mix", read_the_transpose), ("depth_connection", carry_nan)]
 
 
 @pytest.mark.parametrize(("name", "broken"), BREAKS, ids=lambda value: getattr(value, "__name__", ""))
 def test_broken_connection_stops(name, broken, monkeypatch, capsys):
     """A wrong connection ends the script with a message, status 1 and no timing."""
-    monkeypatch.setattr(hcvision.connections, name, broken)
+    monkeypatch.setattr(hcvision.mixing, name, broken)
     monkeypatch.setattr(benchmark, "measure", lambda *_: pytest.fail("measured a wrong connection"))
     with pytest.raises(SystemExit, match=r"dhc2 is wrong: .* from the textbook"):
         benchmark.main(["--variants", "textbook-dhc2"])
@@ -77,7 +78,7 @@ def test_broken_connection_stops(name, broken, monkeypatch, capsys):
 
 def test_broken_recomputation_stops(monkeypatch):
     """The form that is measured is the one that is checked."""
-    recipe = hcvision.connections.Recipe
+    recipe = hcvision.recomputation.Recipe
     call = recipe.__call__
     monkeypatch.setattr(recipe, "__call__", lambda self: 1.001 * call(self))
     monkeypatch.setattr(benchmark, "measure", lambda *_: pytest.fail("measured a wrong connection"))
@@ -308,13 +309,13 @@ def test_broken_kernel_stops(name, change, what, monkeypatch, capsys):
 
 def test_broken_join_of_a_trunk_stops(monkeypatch):
     """Kernels that are right by themselves are also looked at where blocks use them."""
-    join = hcvision.connections.join_connections
+    join = hcvision.mixing.join_connections
 
     def swapped(streams, output, alpha, beta, link, rule, options):
         beta = beta.flip(-1) if options[-1] == "triton" else beta
         return join(streams, output, alpha, beta, link, rule, options)
 
-    monkeypatch.setattr(hcvision.connections, "join_connections", swapped)
+    monkeypatch.setattr(hcvision.mixing, "join_connections", swapped)
     monkeypatch.setattr(train_step, "check_kernels", lambda *_: {})
     with pytest.raises(SystemExit, match="the kernels are wrong: dhc2, a trunk, float32: "):
         train_step.check(("dhc2",), 32, 5, benchmark.Size(32, 2, 1, 3, 1), DEVICE)
@@ -641,9 +642,9 @@ def test_small(tmp_path, capsys):
         assert row["ratio_q1"] > 0
         assert (row["memory_ratio"] is None) == row["compiled"]
     assert found == {
-        f"{VIT}: compiled, bf16-mixed, batches of 2": ["residual", "torch-dhc2"],
+        f"{VIT}: compiled, bf16-mixed, batches of 2": ["residual", "torch-dhc2", "recompute-dhc4"],
         f"{VIT}: eager, bf16-mixed, batches of 2": ["residual", "torch-dhc2", "recompute-dhc4"],
-        "dit_xl_patch2_256: compiled, bf16-mixed, batches of 2": ["residual", "torch-dhc4"],
+        "dit_xl_patch2_256: compiled, bf16-mixed, batches of 2": ["residual", "torch-dhc4", "recompute-dhc4"],
         f"{VIT}: compiled, bf16-true, batches of 2": ["residual", "torch-dhc2"],
     }
     assert all(f"\n### {group}\n" in page for group in found)

@@ -23,11 +23,11 @@ from hcvision.connections import (
     Connection,
     FracConnection,
     HyperConnection,
-    Recipe,
     StreamConnection,
     parse_connection,
 )
 from hcvision.convert import checkpoint_filter_fn, convert, create_model
+from hcvision.recomputation import Recipe
 
 BASE = "vit_tiny_patch16_224"
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3, "num_classes": 10}

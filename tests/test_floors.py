@@ -11,6 +11,8 @@ PACKAGE = Path(__file__).parent.parent / "hcvision"
 
 FLOORS = (
     {"kernels"},
+    {"mixing"},
+    {"recomputation"},
     {"connections"},
     {"successors"},
     {"families"},
@@ -64,10 +66,11 @@ def test_one_folder():
 
 
 def test_connections_need_torch_alone(monkeypatch):
-    """connections.py and kernels.py import the standard library and torch, with its Triton if it is there; no timm."""
-    modules = {name: imported(name) for name in ("connections", "kernels")}
-    assert {module for module in modules["connections"] if module.startswith("hcvision")} == {"hcvision.kernels"}
-    roots = {module.split(".")[0] for found in modules.values() for module in found} - {"hcvision"}
+    """connections.py and what it stands on import the standard library and torch, with its Triton if it is there."""
+    core = ("connections", "recomputation", "mixing", "kernels")
+    modules = set().union(*map(imported, core))
+    assert {module for module in modules if module.startswith("hcvision")} <= {f"hcvision.{name}" for name in core}
+    roots = {module.split(".")[0] for module in modules} - {"hcvision"}
     assert roots - set(sys.stdlib_module_names) == {"torch", "triton"}
     for missing in ("timm", "torchvision", "pytorch_lightning"):
         monkeypatch.setitem(sys.modules, missing, None)
