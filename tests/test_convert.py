@@ -497,7 +497,7 @@ def test_recompute_compiled(connection):
         storages = {t.data_ptr(): t for t in (tensor.untyped_storage() for tensor in out.grad_fn.saved_tensors)}
         kept.append(sum(storage.nbytes() for storage in storages.values()))
     streams = 2 * 17 * 2 * 48 * 8  # bytes
-    assert kept[0] - kept[1] >= 4 * streams  # of six: those before blocks 0 and 2 stay
+    assert 4 * streams <= kept[0] - kept[1] < 5 * streams  # of six: those before blocks 0 and 2 stay
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # of torch.compile itself
