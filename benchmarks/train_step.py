@@ -59,7 +59,7 @@ from connections import (
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hcvision import build_connection, convert, kernels
+from hcvision import build_connection, convert, gpu, kernels
 from hcvision.benchmark import (
     WARM_UP,
     Setup,
@@ -77,7 +77,7 @@ from hcvision.runs import is_out_of_memory, markdown
 NAMES = ("dhc2", "dhc4", "dfc4")
 DTYPES = (torch.bfloat16, torch.float32)
 MORE = {  # how wrong a value may be, of the largest one, beside twice what PyTorch is wrong by
-    torch.bfloat16: 2**-7 if kernels.INTERPRETED else 2**-9,  # Triton's interpreter cuts off where a GPU rounds
+    torch.bfloat16: 2**-7 if gpu.INTERPRETED else 2**-9,  # Triton's interpreter cuts off where a GPU rounds
     torch.float32: 1e-5,
 }
 MORE_OF_A_TRUNK = 1e-3  # random connections in a row make much of a small error
@@ -164,11 +164,11 @@ def build_case(name: str, dim: int, tokens: int, dtype: torch.dtype, device: str
 def run_kernels(case: Case) -> list[Tensor]:
     """Width, join and depth: two sub-layers, what their branches read, their coefficients, and the last streams."""
     first, second = map(case.prepare, case.weights)
-    views, alpha, beta, link = kernels.width(case.streams, *first)
-    joined = kernels.join(link, case.streams.detach(), case.outputs[0], alpha.detach(), beta, *second)
+    views, alpha, beta, link = kernels.width(case.streams, *first, False)
+    joined = kernels.join(link, case.streams.detach(), case.outputs[0], alpha.detach(), beta, *second, False)
     middle, more_views, more_alpha, more_beta, link = joined
     middle = middle.detach()  # its gradient comes by the link
-    last = kernels.depth(link, middle, case.outputs[1], more_alpha.detach(), more_beta)
+    last = kernels.depth(link, middle, case.outputs[1], more_alpha.detach(), more_beta, False)
     return [last, views, more_views, beta, more_beta, alpha, more_alpha, middle]
 
 
@@ -288,15 +288,15 @@ def vectors(kernel: str, S: int, V: int) -> int:
 def calls(case: Case) -> dict[str, Callable[[], Any]]:
     """Each kernel on the tensors of a case."""
     streams, (output, grad_views), weights = case.streams, case.outputs, case.prepare(case.weights[0])
-    _, alpha, beta, link = kernels.width(streams, *weights)
+    _, alpha, beta, link = kernels.width(streams, *weights, False)
     grad, grad_beta = torch.randn_like(streams), torch.randn_like(beta)
-    back = (grad_views, None, grad_beta, grad, streams, *weights)
+    back = (grad_views, None, grad_beta, grad, streams, *weights, False)
     return {
-        "width": lambda: kernels.width(streams, *weights),
-        "depth": lambda: kernels.depth(link, streams, output, alpha, beta),
-        "join": lambda: kernels.join(link, streams, output, alpha, beta, *weights),
+        "width": lambda: kernels.width(streams, *weights, False),
+        "depth": lambda: kernels.depth(link, streams, output, alpha, beta, False),
+        "join": lambda: kernels.join(link, streams, output, alpha, beta, *weights, False),
         "width_backward": lambda: kernels.width_backward(*back),
-        "depth_backward": lambda: kernels.depth_backward(grad, output, beta),
+        "depth_backward": lambda: kernels.depth_backward(grad, output, beta, False),
         "join_backward": lambda: kernels.join_backward(*back, output, beta),
     }
 
@@ -565,7 +565,7 @@ def find_facts(device: str, argv: list[str]) -> dict[str, str]:
         facts["driver"] = (
             f"{query.stdout.split()[0] if query and query.stdout else 'unknown'}, CUDA {torch.version.cuda}"
         )
-    packages = {"torch": torch, "timm": timm, "triton": kernels.triton}
+    packages = {"torch": torch, "timm": timm, "triton": gpu.triton}
     versions = {name: package.__version__ for name, package in packages.items() if package is not None}
     if peer is not None:
         versions["hyper-connections"] = importlib.metadata.version("hyper-connections")
@@ -595,7 +595,7 @@ def main(argv: list[str] | None = None) -> None:
     report = Report(find_facts(device, sys.argv[1:] if argv is None else argv))
     print("\n".join(f"{key}: {value}" for key, value in report.facts.items()), flush=True)
 
-    missing = kernels.why_not(torch.empty(1, 2, 8, device=device))
+    missing = gpu.why_not(torch.empty(1, 2, 8, device=device), 1)
     if missing:
         print(f"no kernels here: {missing}", flush=True)
         report.skipped.append(f"kernels: {missing}")

@@ -515,5 +515,6 @@ class OperationCount(TorchDispatchMode):
         flops = flop_registry.get(function._overloadpacket)
         if flops is not None:
             self.macs += flops(*args, **(kwargs or {}), out_val=result) // 2
-            self.activations += result.numel()
+            for tensor in tree_leaves(result):  # a link of connections takes no memory
+                self.activations += min(tensor.numel(), tensor.untyped_storage().nbytes() // tensor.element_size())
         return result

@@ -38,7 +38,7 @@ from hcvision import mixing, recomputation
 KINDS = ("shc", "dhc", "sfc", "dfc", "mhc", "ihc", "ghc")
 NAMES = (*(f"{kind}{rate}" for kind in KINDS[:4] for rate in (2, 4, 8)), "mhc4", "ihc4", "ghc2x3")  # timm names end so
 ARRANGEMENTS = ("sequential", "parallel")
-BACKENDS = ("auto", "torch", "triton")
+BACKENDS = ("auto", "torch", "triton", "native")
 
 
 def parse_connection(name: str) -> tuple[str, Any]:
@@ -219,8 +219,8 @@ class StreamConnection(Connection):
         """
         if backend not in BACKENDS:
             raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
-        if backend == "triton" and not self.has_kernels:
-            raise ValueError(f"backend='triton' has no kernels for {self.name}; backend='auto' takes PyTorch")
+        if backend in ("triton", "native") and not self.has_kernels:
+            raise ValueError(f"backend={backend!r} has no kernels for {self.name}; backend='auto' takes PyTorch")
         self.backend = backend
 
     def read(self, streams: Tensor) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

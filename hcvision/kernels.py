@@ -1,8 +1,8 @@
-"""The update rule of ``hcvision.mixing`` as Triton kernels: what one token needs, in one pass over its streams.
+"""The update rule of ``hcvision.mixing`` as kernels: ``hcvision.gpu`` has them in Triton, ``hcvision.native`` in C.
 
-Two kernels do everything. ``_forward_kernel`` is the depth-connection of a sub-layer, the
-width-connection of the next one, or both joined; ``_backward_kernel`` goes back through the same. Bytes
-they move, per token, in vectors of E numbers (S streams, V views)::
+Both have the same two. ``forward`` is the depth-connection of a sub-layer, the width-connection of the next one, or
+both joined; ``backward`` goes back through the same. Bytes they move, per token, in vectors of E numbers (S streams,
+V views)::
 
                  forward              backward
     width        S + V                3S + V
@@ -10,13 +10,12 @@ they move, per token, in vectors of E numbers (S streams, V views)::
     joined       2S + 2V              3S + 3V
 
 What they keep for backward are the streams and the branch output: the coefficients are computed again
-from the streams. Arithmetic and coefficients are float32; streams are float32, bfloat16 or float16, of
-any width E, at rates 1 to 8. Sums over tokens go through a buffer per program and are added up in a
-fixed order: the same input gives the same bits, always.
+from the streams. Arithmetic and coefficients are float32; streams of any width E, at rates 1 to 8. Sums over tokens
+are taken in a fixed order: the same input gives the same bits, always.
 
-They are operators of PyTorch (``torch.ops.hcvision.width``, ``.depth``, ``.join``) with a gradient, so that
-torch.compile, DDP, FSDP, gradient checkpointing and CUDA graphs take them as they take any other.
-``TRITON_INTERPRET=1`` in the environment runs them on a CPU, slowly, for tests.
+Here they are operators of PyTorch (``torch.ops.hcvision.width``, ``.depth``, ``.join``) with a gradient, so that
+torch.compile, DDP, FSDP, gradient checkpointing and CUDA graphs take them as they take any other. A second derivative
+is that of PyTorch's operations.
 
 Between the two steps of a connection runs a ``link``, a tensor without memory that stands for the
 carried streams alpha^T @ H: its gradient is theirs, which the backward of the width-connection takes
@@ -25,397 +24,32 @@ back to H in the pass in which it reads H anyway.
 Letters in shapes: T tokens, S streams, V views, E stream width, K = V + S + 1 coefficients of a stream.
 """
 
-import contextlib
-import os
+import math
 from collections.abc import Callable
 from typing import Any, Optional, Tuple
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # a build of PyTorch without it
-    triton = None
+from hcvision import gpu, native, plain
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DTYPES = gpu.DTYPES  # that the branch output may have
 MOST_STREAMS = 8
-LANES = 32
 
 
-def why_not(streams: Tensor) -> str:
-    """Why the kernels cannot take these streams (..., S, E), or nothing."""
-    if triton is None:
-        return "this PyTorch comes without Triton"
-    if not (streams.is_cuda or (INTERPRETED and streams.device.type == "cpu")):
-        return f"they need a CUDA tensor, or TRITON_INTERPRET=1 in the environment, got one on {streams.device.type}"
-    if streams.dtype not in DTYPES:
-        return f"they take float32, bfloat16 and float16, got {str(streams.dtype).removeprefix('torch.')}"
+def why_not(streams: Tensor, views: int, native_code: bool) -> str:
+    """Why the kernels, those in C or those in Triton, cannot take these streams (..., S, E), or nothing."""
     if streams.shape[-2] > MOST_STREAMS:
         return f"they take rates up to {MOST_STREAMS}, got {streams.shape[-2]}"
     if under_functorch():
         return "they do not run under torch.func"
-    return ""
+    return (native if native_code else gpu).why_not(streams, views)
 
 
 def under_functorch() -> bool:
     """Whether torch.func is at work: vmap, grad, jvp, ..."""
     return torch._C._functorch.maybe_current_level() is not None and not torch.compiler.is_compiling()
-
-
-if triton is not None:
-
-    @triton.jit
-    def _lane_sums(x, BT: tl.constexpr, BC: tl.constexpr, LANES: tl.constexpr):
-        """(BT, BC) -> (BT, LANES): what each lane adds up by itself; the lanes are added up once, at the end."""
-        return tl.sum(tl.reshape(x, [BT, LANES, BC // LANES]), axis=2)
-
-    if INTERPRETED:
-
-        @triton.jit
-        def _cast(x, dtype: tl.constexpr):
-            """float32 to a stream's type. Triton's interpreter cuts bfloat16 off, where a GPU rounds to even."""
-            if dtype == tl.bfloat16:
-                bits = x.to(tl.int32, bitcast=True)
-                x = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000).to(tl.float32, bitcast=True)
-            return x.to(dtype)
-
-    else:
-
-        @triton.jit
-        def _cast(x, dtype: tl.constexpr):
-            """float32 to a stream's type."""
-            return x.to(dtype)
-
-    @triton.jit
-    def _tanh(x):
-        """In float32: a series near 0, where the other form would cancel."""
-        square = x * x
-        near = x * (1 + square * (-1 / 3 + square * (2 / 15 + square * (-17 / 315 + square * (62 / 2835)))))
-        e = tl.exp(-2 * tl.abs(x))
-        far = (1 - e) / (1 + e)
-        return tl.where(square < 0.04, near, tl.where(x < 0, -far, far))
-
-    @triton.jit
-    def _tanh_slope(x):
-        """1 - tanh(x)^2, which would cancel where tanh is near 1."""
-        e = tl.exp(-2 * tl.abs(x))
-        return 4 * e / ((1 + e) * (1 + e))
-
-    @triton.jit
-    def _zeros(NUMBER: tl.constexpr, BT: tl.constexpr, LANES: tl.constexpr):
-        sums = ()
-        for _ in tl.static_range(NUMBER):
-            sums = sums + (tl.zeros([BT, LANES], tl.float32),)
-        return sums
-
-    @triton.jit
-    def _load_rows(base, offsets, mask, NUMBER: tl.constexpr, E: tl.constexpr):
-        """NUMBER vectors (BT, BC) that lie E apart, as float32."""
-        rows = ()
-        for i in tl.static_range(NUMBER):
-            rows = rows + (tl.load(base + offsets + i * E, mask=mask, other=0.0).to(tl.float32),)
-        return rows
-
-    @triton.jit
-    def _load_row(base, e, E: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr):
-        """One vector for all tokens, (BT, BC): each warp loads it for itself, so that none waits for another."""
-        at = tl.broadcast_to(e[None, :], [BT, BC])
-        return tl.load(base + at, mask=at < E, other=0.0)
-
-    @triton.jit
-    def _load_numbers(base, first, mask, NUMBER: tl.constexpr):
-        """NUMBER neighbouring numbers of each token, (BT,) each."""
-        numbers = ()
-        for i in tl.static_range(NUMBER):
-            numbers = numbers + (tl.load(base + first + i, mask=mask, other=0.0),)
-        return numbers
-
-    @triton.jit
-    def _project(
-        projected, square, total, h, rows, e,
-        S: tl.constexpr, K: tl.constexpr, E: tl.constexpr, NORM: tl.constexpr, CENTER: tl.constexpr,
-        BT: tl.constexpr, BC: tl.constexpr, LANES: tl.constexpr,
-    ):  # fmt: skip
-        """What the columns e of the streams h add to projections (K, S), squares (S,) and sums (S,), lane by lane."""
-        projections = ()
-        for k in tl.static_range(K):
-            row = _load_row(rows + k * E, e, E, BT, BC)
-            for i in tl.static_range(S):
-                projections = projections + (projected[k * S + i] + _lane_sums(h[i] * row, BT, BC, LANES),)
-        if NORM:
-            squares = ()
-            for i in tl.static_range(S):
-                squares = squares + (square[i] + _lane_sums(h[i] * h[i], BT, BC, LANES),)
-            square = squares
-            if CENTER:
-                totals = ()
-                for i in tl.static_range(S):
-                    totals = totals + (total[i] + _lane_sums(h[i], BT, BC, LANES),)
-                total = totals
-        return projections, square, total
-
-    @triton.jit
-    def _put(tile, number, place: tl.constexpr, W: tl.constexpr):
-        """Number (BT,) into a column of a tile (BT, W), which is stored whole: single stores would leave the warp."""
-        return tl.where((tl.arange(0, W) == place)[None, :], number[:, None], tile)
-
-    @triton.jit
-    def _store_tile(base, tile, t, there, NUMBER: tl.constexpr, W: tl.constexpr):
-        """The first NUMBER columns of a tile (BT, W), token by token."""
-        column = tl.arange(0, W)[None, :]
-        tl.store(base + t[:, None] * NUMBER + column, tile, mask=there[:, None] & (column < NUMBER))
-
-    @triton.jit
-    def _inverse_deviation(square, total, E: tl.constexpr, CENTER: tl.constexpr):
-        variance = square / E
-        if CENTER:
-            variance = tl.maximum(variance - (total / E) * (total / E), 0.0)
-        return tl.rsqrt(variance + 1e-6)
-
-    @triton.jit
-    def _forward_kernel(
-        streams, output, alpha, beta, static, rows, scale,  # read
-        following, views, new_alpha, new_beta,  # written
-        T,
-        S: tl.constexpr, V: tl.constexpr, E: tl.constexpr,
-        DEPTH: tl.constexpr, WIDTH: tl.constexpr, DYNAMIC: tl.constexpr,
-        NORM: tl.constexpr, CENTER: tl.constexpr, TANH: tl.constexpr,
-        BT: tl.constexpr, BC: tl.constexpr, LANES: tl.constexpr, W: tl.constexpr,
-    ):  # fmt: skip
-        """DEPTH: following = beta * output + alpha_r^T streams. WIDTH: views and coefficients of what is there then."""
-        K: tl.constexpr = V + S + 1
-        t = (tl.program_id(0) * BT + tl.arange(0, BT)).to(tl.int64)
-        there = t < T
-        if DEPTH:
-            old_alpha = _load_numbers(alpha, t * (S * (V + S)), there, S * (V + S))
-            old_beta = _load_numbers(beta, t * S, there, S)
-        projected = _zeros(S * K, BT, LANES)
-        square = _zeros(S, BT, LANES)
-        total = _zeros(S, BT, LANES)
-        for start in range(0, E, BC):
-            e = start + tl.arange(0, BC)
-            mask = there[:, None] & (e < E)[None, :]
-            at = t[:, None] * (S * E) + e[None, :]
-            h = _load_rows(streams, at, mask, S, E)
-            if DEPTH:
-                out = _load_rows(output, t[:, None] * (V * E) + e[None, :], mask, V, E)
-                mixed = ()
-                for j in tl.static_range(S):
-                    new = old_beta[j][:, None] * out[j % V]
-                    for i in tl.static_range(S):
-                        new += old_alpha[i * (V + S) + V + j][:, None] * h[i]
-                    new = _cast(new, following.dtype.element_ty)
-                    tl.store(following + at + j * E, new, mask=mask)
-                    mixed = mixed + (new.to(tl.float32),)
-                h = mixed
-            if WIDTH and DYNAMIC:
-                projected, square, total = _project(
-                    projected, square, total, h, rows, e, S, K, E, NORM, CENTER, BT, BC, LANES
-                )
-        if WIDTH:
-            read = ()
-            alphas = tl.zeros([BT, W], tl.float32)
-            betas = tl.zeros([BT, LANES], tl.float32)
-            for i in tl.static_range(S):
-                if DYNAMIC and NORM:
-                    rstd = _inverse_deviation(tl.sum(square[i], axis=1), tl.sum(total[i], axis=1), E, CENTER)
-                for k in tl.static_range(K):
-                    number = tl.zeros([BT], tl.float32) + tl.load(static + i * K + k)
-                    if DYNAMIC:
-                        dynamic = tl.sum(projected[k * S + i], axis=1)
-                        if NORM:
-                            dynamic = dynamic * rstd
-                        if TANH:
-                            dynamic = _tanh(dynamic)
-                        number += tl.load(scale + k) * dynamic
-                    if k < V:
-                        read = read + (number,)
-                    if k < V + S:
-                        alphas = _put(alphas, number, i * (V + S) + k, W)
-                    else:
-                        betas = _put(betas, number, i, LANES)
-            _store_tile(new_alpha, alphas, t, there, S * (V + S), W)
-            _store_tile(new_beta, betas, t, there, S, LANES)
-            if DEPTH:
-                tl.debug_barrier()
-            for start in range(0, E, BC):
-                e = start + tl.arange(0, BC)
-                mask = there[:, None] & (e < E)[None, :]
-                h = _load_rows(following if DEPTH else streams, t[:, None] * (S * E) + e[None, :], mask, S, E)
-                for v in tl.static_range(V):
-                    view = read[v][:, None] * h[0]
-                    for i in tl.static_range(1, S):
-                        view += read[i * V + v][:, None] * h[i]
-                    at = t[:, None] * (V * E) + v * E + e[None, :]
-                    tl.store(views + at, _cast(view, views.dtype.element_ty), mask=mask)
-
-    @triton.jit
-    def _backward_kernel(
-        streams, grad_views, grad_carried, grad_alpha, grad_beta, static, rows, scale, output, old_beta,  # read
-        grad_streams, grad_coefficients, dynamics, grad_rows, grad_output, grad_old_beta,  # written
-        T, tiles,
-        S: tl.constexpr, V: tl.constexpr, E: tl.constexpr,
-        DEPTH: tl.constexpr, WIDTH: tl.constexpr, DYNAMIC: tl.constexpr,
-        NORM: tl.constexpr, CENTER: tl.constexpr, TANH: tl.constexpr, HAS_GRAD_ALPHA: tl.constexpr,
-        BT: tl.constexpr, BC: tl.constexpr, LANES: tl.constexpr, W: tl.constexpr,
-    ):  # fmt: skip
-        """WIDTH: to the streams, from views, carried streams and coefficients. DEPTH: on to output and beta before it.
-
-        Without WIDTH, ``grad_carried`` is the gradient of the streams behind the depth-connection.
-        """
-        K: tl.constexpr = V + S + 1
-        program = tl.program_id(0)
-        for tile in range(program, tiles, tl.num_programs(0)):
-            t = (tile * BT + tl.arange(0, BT)).to(tl.int64)
-            there = t < T
-            if WIDTH:
-                projected = _zeros(S * K, BT, LANES)
-                square = _zeros(S, BT, LANES)
-                total = _zeros(S, BT, LANES)
-                through = _zeros(S * (V + S), BT, LANES)
-                for start in range(0, E, BC):
-                    e = start + tl.arange(0, BC)
-                    mask = there[:, None] & (e < E)[None, :]
-                    at = t[:, None] * (S * E) + e[None, :]
-                    h = _load_rows(streams, at, mask, S, E)
-                    g = _load_rows(grad_views, t[:, None] * (V * E) + e[None, :], mask, V, E)
-                    g = g + _load_rows(grad_carried, at, mask, S, E)
-                    sums = ()
-                    for i in tl.static_range(S):
-                        for k in tl.static_range(V + S):
-                            sums = sums + (through[i * (V + S) + k] + _lane_sums(h[i] * g[k], BT, BC, LANES),)
-                    through = sums
-                    if DYNAMIC:
-                        projected, square, total = _project(
-                            projected, square, total, h, rows, e, S, K, E, NORM, CENTER, BT, BC, LANES
-                        )
-                grads = tl.zeros([BT, W], tl.float32)
-                dynamic_parts = tl.zeros([BT, W], tl.float32)
-                coefficients = ()  # alpha, (S, V + S)
-                back = ()  # what goes back through the rows, (S, K)
-                along = ()  # what goes back through the norm, (S,)
-                mean = ()
-                for i in tl.static_range(S):
-                    if DYNAMIC:
-                        rstd = tl.full([BT], 1.0, tl.float32)
-                        average = tl.sum(total[i], axis=1) / E
-                        if NORM:
-                            rstd = _inverse_deviation(tl.sum(square[i], axis=1), tl.sum(total[i], axis=1), E, CENTER)
-                        inner = tl.zeros([BT], tl.float32)
-                        mean = mean + (average,)
-                    for k in tl.static_range(K):
-                        if k < V + S:
-                            grad = tl.sum(through[i * (V + S) + k], axis=1)
-                            if HAS_GRAD_ALPHA:
-                                grad += tl.load(grad_alpha + t * (S * (V + S)) + i * (V + S) + k, mask=there, other=0.0)
-                        else:
-                            grad = tl.load(grad_beta + t * S + i, mask=there, other=0.0)
-                        grads = _put(grads, grad, i * K + k, W)
-                        number = tl.zeros([BT], tl.float32) + tl.load(static + i * K + k)
-                        if DYNAMIC:
-                            factor = tl.load(scale + k)
-                            raw = tl.sum(projected[k * S + i], axis=1) * rstd
-                            dynamic = raw
-                            if TANH:
-                                dynamic = _tanh(raw)
-                            dynamic_parts = _put(dynamic_parts, dynamic, i * K + k, W)
-                            number += factor * dynamic
-                            grad = grad * factor
-                            if TANH:
-                                grad = grad * _tanh_slope(raw)
-                            inner += grad * raw
-                            back = back + (grad * rstd,)
-                        if k < V + S:
-                            coefficients = coefficients + (number,)
-                    if DYNAMIC and NORM:
-                        along = along + (-rstd * rstd * inner / E,)
-                _store_tile(grad_coefficients, grads, t, there, S * K, W)
-                if DYNAMIC:
-                    _store_tile(dynamics, dynamic_parts, t, there, S * K, W)
-            if DEPTH:
-                write = _load_numbers(old_beta, t * S, there, S)
-                taken = _zeros(S, BT, LANES)
-            for start in range(0, E, BC):
-                e = start + tl.arange(0, BC)
-                mask = there[:, None] & (e < E)[None, :]
-                at = t[:, None] * (S * E) + e[None, :]
-                g = _load_rows(grad_carried, at, mask, S, E)
-                if WIDTH:
-                    g = _load_rows(grad_views, t[:, None] * (V * E) + e[None, :], mask, V, E) + g
-                    h = _load_rows(streams, at, mask, S, E)
-                    to_streams = ()
-                    for i in tl.static_range(S):
-                        new = coefficients[i * (V + S)][:, None] * g[0]
-                        for k in tl.static_range(1, V + S):
-                            new += coefficients[i * (V + S) + k][:, None] * g[k]
-                        if DYNAMIC and NORM:
-                            if CENTER:
-                                new += along[i][:, None] * (h[i] - mean[i][:, None])
-                            else:
-                                new += along[i][:, None] * h[i]
-                        to_streams = to_streams + (new,)
-                    if DYNAMIC:
-                        for k in tl.static_range(K):
-                            row = _load_row(rows + k * E, e, E, BT, BC)
-                            of_row = back[k][:, None] * h[0]
-                            added = (to_streams[0] + back[k][:, None] * row,)
-                            for i in tl.static_range(1, S):
-                                of_row += back[i * K + k][:, None] * h[i]
-                                added = added + (to_streams[i] + back[i * K + k][:, None] * row,)
-                            to_streams = added
-                            place = grad_rows + program * (K * E) + k * E + e
-                            of_row = tl.sum(of_row, axis=0)
-                            if tile != program:
-                                of_row += tl.load(place, mask=e < E, other=0.0)
-                            tl.store(place, of_row, mask=e < E)
-                    g = ()
-                    for i in tl.static_range(S):
-                        new = _cast(to_streams[i], grad_streams.dtype.element_ty)
-                        tl.store(grad_streams + at + i * E, new, mask=mask)
-                        g = g + (new.to(tl.float32),)
-                if DEPTH:
-                    out = _load_rows(output, t[:, None] * (V * E) + e[None, :], mask, V, E)
-                    sums = ()
-                    for i in tl.static_range(S):
-                        sums = sums + (taken[i] + _lane_sums(out[i % V] * g[i], BT, BC, LANES),)
-                    taken = sums
-                    for v in tl.static_range(V):
-                        new = write[v][:, None] * g[v]
-                        for i in tl.static_range(v + V, S, V):  # every stream took the one output of HC
-                            new += write[i][:, None] * g[i]
-                        place = grad_output + t[:, None] * (V * E) + v * E + e[None, :]
-                        tl.store(place, _cast(new, grad_output.dtype.element_ty), mask=mask)
-            if DEPTH:
-                betas = tl.zeros([BT, LANES], tl.float32)
-                for i in tl.static_range(S):
-                    betas = _put(betas, tl.sum(taken[i], axis=1), i, LANES)
-                _store_tile(grad_old_beta, betas, t, there, S, LANES)
-            if WIDTH and DYNAMIC:
-                tl.debug_barrier()  # before the next tile adds to the program's rows
-
-
-def tile_sizes(S: int, V: int, E: int, itemsize: int) -> dict[str, int]:
-    """The tile of a program: BT tokens, a warp each, by BC columns.
-
-    A lane loads 16 bytes of a column, or 8 where there are many streams. W is how wide a tile is that holds
-    a token's coefficients, LANES how many lanes a warp has.
-    """
-    columns = LANES * (16 if S <= 4 else 8) // itemsize
-
-    def power(number: int) -> int:
-        return max(LANES, 1 << (number - 1).bit_length())
-
-    return {"BT": 4, "BC": min(columns, power(E)), "LANES": LANES, "W": power(S * (V + S + 1)), "num_warps": 4}
-
-
-def _programs(tiles: int, device: torch.device) -> int:
-    """How many programs go through the tiles in backward; each has a buffer for its sums over tokens."""
-    if device.type != "cuda":
-        return min(tiles, 2)
-    return min(tiles, 4 * torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def _sizes(streams: Tensor, views: int) -> tuple[int, int, int, int]:
@@ -424,36 +58,21 @@ def _sizes(streams: Tensor, views: int) -> tuple[int, int, int, int]:
     return streams.numel() // (S * E) if S * E else 0, S, views, E
 
 
-def _launch(kernel: Any, programs: int, tensors: list[Optional[Tensor]], numbers: list[int], options: dict) -> None:
-    """Run a kernel; a tensor that it does not touch is None here and any other one there."""
-    some = next(tensor for tensor in tensors if tensor is not None)
-    with torch.cuda.device(some.device) if some.is_cuda else contextlib.nullcontext():  # Triton takes the current one
-        kernel[(programs,)](*(some if tensor is None else tensor for tensor in tensors), *numbers, **options)
-
-
 def _forward(
     streams: Tensor,
     views: int,
     depth: Optional[Tuple[Tensor, Tensor, Tensor]],
     width: Optional[Tuple[Tensor, Optional[Tensor], Optional[Tensor], bool, bool, bool]],
+    native_code: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What ``_forward_kernel`` writes: the next streams, and their views, alpha and beta."""
-    T, S, V, E = _sizes(streams, views)
+    """What the forward kernel writes: the next streams, and their views, alpha and beta."""
     output, alpha, beta = (part.contiguous() for part in depth) if depth else (None,) * 3
-    static, rows, scale, norm, center, tanh = width or (None, None, None, False, False, False)
+    static, rows, scale, *flags = width or (None, None, None, False, False, False)
     following = torch.empty(streams.shape if depth else (0,), dtype=streams.dtype, device=streams.device)
-    new_views, new_alpha, new_beta = _forward_outputs(streams, views) if width else (following,) * 3
-    if T and E:
-        tile = tile_sizes(S, V, E, streams.element_size())
-        written = (following, new_views, new_alpha, new_beta)
-        tensors = [streams.contiguous(), output, alpha, beta, static, rows, scale, *written]
-        options = {
-            "S": S, "V": V, "E": E, "DEPTH": depth is not None, "WIDTH": width is not None,
-            "DYNAMIC": rows is not None, "NORM": norm, "CENTER": center, "TANH": tanh,
-            **tile,
-        }  # fmt: skip
-        _launch(_forward_kernel, triton.cdiv(T, tile["BT"]), tensors, [T], options)
-    return following, new_views, new_alpha, new_beta
+    read = [streams.contiguous(), output, alpha, beta, static, rows, scale]
+    written = [following, *(_forward_outputs(streams, views) if width else (following,) * 3)]
+    (native if native_code else gpu).forward(read + written, _sizes(streams, views), flags)
+    return written[0], written[1], written[2], written[3]
 
 
 def _forward_outputs(streams: Tensor, views: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -471,48 +90,22 @@ def _backward(
     views: int,
     depth: Optional[Tuple[Tensor, Tensor]],
     width: Optional[Tuple[Any, ...]],
-) -> tuple[Tensor, ...]:
-    """What ``_backward_kernel`` writes: the gradients of streams, static, rows, scale, output and beta."""
-    T, S, V, E = _sizes(grad_carried, views)
-    K, device = V + S + 1, grad_carried.device
+    native_code: bool,
+) -> list[Tensor]:
+    """What the backward kernel writes: the gradients of streams, static, rows, scale, output and beta."""
     output, beta = (part.contiguous() for part in depth) if depth else (None, None)
     streams = grad_views = grad_alpha = grad_beta = static = rows = scale = None
-    norm = center = tanh = False
+    flags = [False, False, False]
     if width:
-        streams, grad_views, grad_alpha, grad_beta, static, rows, scale, norm, center, tanh = width
+        streams, grad_views, grad_alpha, grad_beta, static, rows, scale, *flags = width
         streams, grad_views, grad_beta = streams.contiguous(), grad_views.contiguous(), grad_beta.contiguous()
-        grad_alpha = None if grad_alpha is None else grad_alpha.contiguous()
-    tile = tile_sizes(S, V, E, grad_carried.element_size())
-    tiles = -(-T // tile["BT"])
-    programs = _programs(tiles, device) if rows is not None else tiles
-    grad_streams = torch.empty_like(streams) if streams is not None else grad_carried
-    grad_output = torch.empty_like(output) if output is not None else None
-    grad_old_beta = torch.empty_like(beta) if beta is not None else None
-
-    def float32(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=torch.float32, device=device)
-
-    coefficients = float32(T, S, K) if width else None
-    dynamics = float32(T, S, K) if rows is not None else None
-    grad_rows = float32(programs, K, E) if rows is not None else None
-    if T and E:
-        tensors = [streams, grad_views, grad_carried.contiguous(), grad_alpha, grad_beta, static, rows, scale]
-        tensors += [output, beta, grad_streams, coefficients, dynamics, grad_rows, grad_output, grad_old_beta]
-        options = {
-            "S": S, "V": V, "E": E, "DEPTH": depth is not None, "WIDTH": width is not None,
-            "DYNAMIC": rows is not None, "NORM": norm, "CENTER": center, "TANH": tanh,
-            "HAS_GRAD_ALPHA": grad_alpha is not None,
-            **tile,
-        }  # fmt: skip
-        _launch(_backward_kernel, programs, tensors, [T, tiles], options)
-    grads: list[Tensor] = []
-    if coefficients is not None:
-        grads += [grad_streams, coefficients.sum(0)]
-        if dynamics is not None and grad_rows is not None:
-            grads += [grad_rows.sum(0), (coefficients * dynamics).sum((0, 1))]
-        else:
-            grads += [float32(0), float32(0)]
-    return (*grads, *(part for part in (grad_output, grad_old_beta) if part is not None))
+        grad_alpha = _dense(grad_alpha)
+    read = [streams, grad_views, grad_carried.contiguous(), grad_alpha, grad_beta, static, rows, scale, output, beta]
+    written = [None if part is None else torch.empty_like(part) for part in (streams, output, beta)]
+    sums = (native if native_code else gpu).backward(read, written, _sizes(grad_carried, views), flags)
+    grads = [written[0], *sums] if width else []
+    grads += written[1:] if depth else []
+    return [grad_carried.new_empty(0, dtype=torch.float32) if part is None else part for part in grads]
 
 
 def _link(streams: Tensor) -> Tensor:
@@ -532,7 +125,7 @@ def _operator(name: str, fake: Callable) -> Callable[[Callable], Any]:
     return register
 
 
-def _fake_width(streams, static, rows, scale, norm, center, tanh):
+def _fake_width(streams, static, rows, scale, norm, center, tanh, native_code):
     return *_forward_outputs(streams, static.shape[1] - static.shape[0] - 1), _link(streams)
 
 
@@ -545,6 +138,7 @@ def width(
     norm: bool,
     center: bool,
     tanh: bool,
+    native_code: bool,
 ) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
     """Width-connection.
 
@@ -555,12 +149,14 @@ def width(
         scale: of the dynamic part of each coefficient, (K,), float32.
         norm, center: whether streams are normalised before, and centered.
         tanh: whether the dynamic part is squashed.
+        native_code: whether ``hcvision.native`` runs it, or Triton.
 
     Returns:
         Views (..., V, E), alpha (..., S, V+S), beta (..., S), and the link.
     """
     V = static.shape[1] - static.shape[0] - 1
-    outputs = _forward(streams, V, None, (static.contiguous(), _dense(rows), scale, norm, center, tanh))[1:]
+    width = (static.contiguous(), _dense(rows), _dense(scale), norm, center, tanh)
+    outputs = _forward(streams, V, None, width, native_code)[1:]
     return *outputs, _link(streams)
 
 
@@ -568,19 +164,19 @@ def _dense(tensor: Optional[Tensor]) -> Optional[Tensor]:
     return None if tensor is None else tensor.contiguous()
 
 
-def _fake_depth(link, streams, output, alpha, beta):
+def _fake_depth(link, streams, output, alpha, beta, native_code):
     return torch.empty(streams.shape, dtype=streams.dtype, device=streams.device)
 
 
 @_operator("depth", _fake_depth)
-def depth(link: Tensor, streams: Tensor, output: Tensor, alpha: Tensor, beta: Tensor) -> Tensor:
+def depth(link: Tensor, streams: Tensor, output: Tensor, alpha: Tensor, beta: Tensor, native_code: bool) -> Tensor:
     """Depth-connection: beta * output + alpha_r^T streams, (..., S, E); ``link`` as ``width`` returned it."""
-    return _forward(streams, output.shape[-2], (output, alpha, beta), None)[0]
+    return _forward(streams, output.shape[-2], (output, alpha, beta), None, native_code)[0]
 
 
-def _fake_join(link, streams, output, alpha, beta, static, rows, scale, norm, center, tanh):
-    following = _fake_depth(link, streams, output, alpha, beta)
-    return following, *_fake_width(following, static, rows, scale, norm, center, tanh)
+def _fake_join(link, streams, output, alpha, beta, static, rows, scale, norm, center, tanh, native_code):
+    following = _fake_depth(link, streams, output, alpha, beta, native_code)
+    return following, *_fake_width(following, static, rows, scale, norm, center, tanh, native_code)
 
 
 @_operator("join", _fake_join)
@@ -596,21 +192,22 @@ def join(
     norm: bool,
     center: bool,
     tanh: bool,
+    native_code: bool,
 ) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """``depth`` and the ``width`` of the next sub-layer: the next streams, then what ``width`` returns."""
-    width = (static.contiguous(), _dense(rows), scale, norm, center, tanh)
-    following, *outputs = _forward(streams, output.shape[-2], (output, alpha, beta), width)
+    width = (static.contiguous(), _dense(rows), _dense(scale), norm, center, tanh)
+    following, *outputs = _forward(streams, output.shape[-2], (output, alpha, beta), width, native_code)
     return following, outputs[0], outputs[1], outputs[2], _link(following)
 
 
-def _fake_depth_backward(grad, output, beta):
+def _fake_depth_backward(grad, output, beta, native_code):
     return torch.empty_like(output.contiguous()), torch.empty_like(beta.contiguous())
 
 
 @_operator("depth_backward", _fake_depth_backward)
-def depth_backward(grad: Tensor, output: Tensor, beta: Tensor) -> Tuple[Tensor, Tensor]:
+def depth_backward(grad: Tensor, output: Tensor, beta: Tensor, native_code: bool) -> Tuple[Tensor, Tensor]:
     """The gradients of output and beta, from that of the next streams, which is that of the link too."""
-    grad_output, grad_beta = _backward(grad, output.shape[-2], (output, beta), None)
+    grad_output, grad_beta = _backward(grad, output.shape[-2], (output, beta), None, native_code)
     return grad_output, grad_beta
 
 
@@ -633,16 +230,17 @@ def width_backward(
     norm: bool,
     center: bool,
     tanh: bool,
+    native_code: bool,
 ) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of streams, static, rows and scale; the last two are empty for static weights."""
-    width = (streams, grad_views, grad_alpha, grad_beta, static, _dense(rows), scale, norm, center, tanh)
-    grads = _backward(grad_link, grad_views.shape[-2], None, width)
+    width = (streams, grad_views, grad_alpha, grad_beta, static, _dense(rows), _dense(scale), norm, center, tanh)
+    grads = _backward(grad_link, grad_views.shape[-2], None, width, native_code)
     return grads[0], grads[1], grads[2], grads[3]
 
 
-def _fake_join_backward(grad_views, grad_alpha, grad_beta, grad_link, streams, static, rows, scale, n, c, t, out, beta):
-    grads = _fake_width_backward(grad_views, grad_alpha, grad_beta, grad_link, streams, static, rows, scale)
-    return *grads, *_fake_depth_backward(grad_link, out, beta)
+def _fake_join_backward(*inputs):
+    *width, output, old_beta = inputs
+    return *_fake_width_backward(*width), *_fake_depth_backward(width[3], output, old_beta, width[-1])
 
 
 @_operator("join_backward", _fake_join_backward)
@@ -658,12 +256,13 @@ def join_backward(
     norm: bool,
     center: bool,
     tanh: bool,
+    native_code: bool,
     output: Tensor,
     old_beta: Tensor,
 ) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """``width_backward`` and, with the gradient of the streams that it gives, ``depth_backward``."""
-    width = (streams, grad_views, grad_alpha, grad_beta, static, _dense(rows), scale, norm, center, tanh)
-    grads = _backward(grad_link, output.shape[-2], (output, old_beta), width)
+    width = (streams, grad_views, grad_alpha, grad_beta, static, _dense(rows), _dense(scale), norm, center, tanh)
+    grads = _backward(grad_link, output.shape[-2], (output, old_beta), width, native_code)
     return grads[0], grads[1], grads[2], grads[3], grads[4], grads[5]
 
 
@@ -695,24 +294,70 @@ def _width_grads(grads: Any, streams: Tensor, static: Tensor) -> tuple[Tensor, O
 def _width_backward(ctx: Any, *grads: Any) -> Any:
     streams, static, rows, scale = ctx.saved_tensors
     ready = _width_grads(grads, streams, static)
-    to_streams, *found = width_backward(*ready, streams, static, rows, scale, *ctx.options)
-    return to_streams, *(found if rows is not None else (found[0], None, None)), None, None, None
+    to_streams, found = _back_to_width(ctx, ready, streams, static, rows, scale)
+    return to_streams, *found, None, None, None, None
+
+
+def _back_to_width(
+    ctx: Any, grads: Any, streams: Tensor, static: Tensor, rows: Optional[Tensor], scale: Optional[Tensor]
+) -> Any:
+    """The gradient of the streams, and those of static, rows and scale."""
+    if torch.is_grad_enabled():  # somebody wants a second derivative, which PyTorch's operations have
+        return _differentiable_width(grads, (streams, static, rows, scale), *ctx.options[:3])
+    to_streams, *found = width_backward(*grads, streams, static, rows, scale, *ctx.options)
+    return to_streams, (found if rows is not None else (found[0], None, None))
+
+
+def _differentiable_width(grads: Any, inputs: Any, norm: bool, center: bool, tanh: bool) -> Any:
+    grad_views, grad_alpha, grad_beta, grad_link = grads
+    V = grad_views.shape[-2]
+
+    def outputs(streams: Tensor, static: Tensor, rows: Optional[Tensor], scale: Optional[Tensor]) -> list[Tensor]:
+        views, alpha, beta, _ = plain.read(streams, V, True, static, rows, scale, norm, center, tanh)
+        return [views, alpha, beta, plain.mix(streams, alpha[..., V:], None, None)]
+
+    to_streams, *found = _differentiable(outputs, inputs, [grad_views, grad_alpha, grad_beta, grad_link])
+    return to_streams, found
+
+
+def _differentiable(function: Callable, inputs: Any, grads: list[Optional[Tensor]]) -> list[Optional[Tensor]]:
+    """Gradients of the inputs that need one, with a graph of their own.
+
+    It ends in views of the inputs: what is behind these may depend on other inputs.
+    """
+    inputs = [None if part is None else part.view_as(part) for part in inputs]
+    wanted = [part for part in inputs if part is not None and part.requires_grad]
+    with plain.no_autocast(inputs[0].device.type):
+        pairs = [
+            (one, grad.to(one.dtype)) for one, grad in zip(function(*inputs), grads, strict=True) if grad is not None
+        ]
+        pairs = [(one, grad) for one, grad in pairs if one.requires_grad]
+        ends, given = zip(*pairs, strict=True)
+        found = iter(torch.autograd.grad(ends, wanted, given, create_graph=True, allow_unused=True))
+    return [next(found) if part is not None and part.requires_grad else None for part in inputs]
 
 
 width.register_autograd(_width_backward, setup_context=_width_setup)
 
 
 def _depth_setup(ctx: Any, inputs: Any, output: Any) -> None:
-    _link, _streams, branch_output, _alpha, beta = inputs
+    _link, _streams, branch_output, _alpha, beta, ctx.native_code = inputs
     ctx.save_for_backward(branch_output, beta)
 
 
 def _depth_backward(ctx: Any, grad: Any) -> Any:
-    return grad, None, *_to_output(depth_backward(grad, *ctx.saved_tensors))
+    output, beta = ctx.saved_tensors
+    return grad, None, *_back_to_output(grad, output, beta, ctx.native_code), None
 
 
-def _to_output(grads: Any) -> Any:
-    grad_output, grad_beta = grads
+def _back_to_output(grad: Tensor, output: Tensor, beta: Tensor, native_code: bool) -> Any:
+    """The gradients of output, alpha (none) and beta."""
+    if torch.is_grad_enabled():
+        grad_output, grad_beta = _differentiable(
+            lambda output, beta: [beta[..., None] * output], (output, beta), [grad]
+        )
+    else:
+        grad_output, grad_beta = depth_backward(grad, output, beta, native_code)
     return grad_output, None, grad_beta
 
 
@@ -728,16 +373,59 @@ def _join_setup(ctx: Any, inputs: Any, output: Any) -> None:
 def _join_backward(ctx: Any, grad_following: Any, *grads: Any) -> Any:
     following, static, rows, scale, output, beta = ctx.saved_tensors
     ready = _width_grads(grads, following, static)
-    weights = (following, static, rows, scale, *ctx.options)
-    if grad_following is None:
-        to_streams, *found = join_backward(*ready, *weights, output, beta)
-        to_output = found[3:]
+    if grad_following is None and not torch.is_grad_enabled():
+        to_streams, *found = join_backward(*ready, following, static, rows, scale, *ctx.options, output, beta)
+        to_output = found[3], None, found[4]
+        found = found[:3] if rows is not None else (found[0], None, None)
     else:  # somebody read the streams themselves too
-        to_streams, *found = width_backward(*ready, *weights)
-        to_streams = to_streams + grad_following
-        to_output = depth_backward(to_streams, output, beta)
-    found = found[:3] if rows is not None else (found[0], None, None)
-    return to_streams, None, *_to_output(to_output), *found, None, None, None
+        to_streams, found = _back_to_width(ctx, ready, following, static, rows, scale)
+        if grad_following is not None:
+            to_streams = to_streams + grad_following
+        to_output = _back_to_output(to_streams, output, beta, ctx.options[-1])
+    return to_streams, None, *to_output, *found, None, None, None, None
 
 
 join.register_autograd(_join_backward, setup_context=_join_setup)
+
+
+# What PyTorch counts (torch.utils.flop_counter): two operations to a multiply-add, as of a matmul
+
+
+def _width_flops(streams: Any, static: Any, rows: Any, *_: Any, **__: Any) -> int:
+    *tokens, S, E = streams
+    V, K = static[1] - S - 1, static[1]
+    return 2 * math.prod(tokens) * S * E * (V + (K if rows is not None else 0))
+
+
+def _depth_flops(link: Any, streams: Any, *_: Any, **__: Any) -> int:
+    *tokens, S, E = streams
+    return 2 * math.prod(tokens) * S * E * (S + 1)
+
+
+def _join_flops(link: Any, streams: Any, output: Any, alpha: Any, beta: Any, *weights: Any, **_: Any) -> int:
+    return _depth_flops(link, streams) + _width_flops(streams, *weights)
+
+
+def _width_backward_flops(views: Any, alpha: Any, beta: Any, link: Any, streams: Any, *weights: Any, **_: Any) -> int:
+    static, rows = weights[:2]
+    *tokens, S, E = streams
+    return 2 * math.prod(tokens) * S * E * (2 * static[1] - 2 + (3 * static[1] if rows is not None else 0))
+
+
+def _depth_backward_flops(grad: Any, *_: Any, **__: Any) -> int:
+    return 2 * 2 * math.prod(grad)
+
+
+def _join_backward_flops(views: Any, alpha: Any, beta: Any, link: Any, *rest: Any, **_: Any) -> int:
+    return _width_backward_flops(views, alpha, beta, link, *rest) + _depth_backward_flops(link)
+
+
+for _name, _flops in {
+    "width": _width_flops,
+    "depth": _depth_flops,
+    "join": _join_flops,
+    "width_backward": _width_backward_flops,
+    "depth_backward": _depth_backward_flops,
+    "join_backward": _join_backward_flops,
+}.items():
+    register_flop_formula(getattr(torch.ops.hcvision, _name))(_flops)

@@ -1,11 +1,10 @@
-"""The update rule of connections as functions of tensors.
+"""The steps of connections as functions of tensors, and the choice of how they run.
 
-Torch FX takes each as one node; TorchScript, torch.compile and torch.export see the plain operations. Where
-``hcvision.kernels`` has one and it runs, a kernel takes their place. Letters in shapes are those of
-``hcvision.connections``.
+Torch FX takes each function as one node. Where ``hcvision.kernels`` has one and it runs, a kernel does the work;
+elsewhere the operations of ``hcvision.plain``, in eager mode with a backward that keeps less than autograd would.
+Letters in shapes are those of ``hcvision.connections``.
 """
 
-import contextlib
 import inspect
 import types
 from typing import Any, List, Optional, Tuple
@@ -14,11 +13,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hcvision import kernels
+from hcvision import kernels, plain
+from hcvision.plain import Rule
 
-MOST_COEFFICIENTS = 80  # of a token, for the kernels that auto takes: dhc8, dfc5
+MOST_COEFFICIENTS = 80  # of a token, for the kernels in Triton that auto takes: dhc8, dfc5
 
-Rule = Tuple[Tensor, Tensor, Optional[Tensor], Optional[Tensor], Optional[Tensor], Optional[Tensor], Optional[Tensor]]
 Options = Tuple[bool, bool, bool, str]
 
 
@@ -67,17 +66,18 @@ def width_connection(streams: Tensor, rule: Rule, options: Options) -> Tuple[Ten
     norm, center, tanh, backend = options
     views, alone = rule[0].shape[1] - rule[0].shape[0], rule[1].dim() == 1
     if torch.jit.is_scripting():
-        static, rows, scale = _prepare(rule, center and norm, streams.dtype)
-        mixed, alpha, beta, _ = _read(streams, views, alone, static, rows, scale, norm, center, tanh)
+        static, rows, scale = plain.prepare(rule, center and norm, streams.dtype)
+        mixed, alpha, beta, _ = plain.read(streams, views, alone, static, rows, scale, norm, center, tanh)
         link = streams
     else:
-        with no_autocast(streams.device.type):
-            if _takes_kernels(streams, views, backend, alone):
-                static, rows, scale = _prepare_at_once(rule, center and norm, streams.dtype)
-                mixed, alpha, beta, link = kernels.width(streams, static, rows, scale, norm, center, tanh)
-            elif is_plain():
-                static, rows, scale = _prepare(rule, center and norm, streams.dtype)
-                mixed, alpha, beta, _ = _read(streams, views, alone, static, rows, scale, norm, center, tanh)
+        with plain.no_autocast(streams.device.type):
+            chosen = _kernels(streams, views, backend, alone)
+            if chosen:
+                prepared = _prepare_at_once(rule, center and norm, streams.dtype)
+                mixed, alpha, beta, link = kernels.width(streams, *prepared, norm, center, tanh, chosen == "native")
+            elif plain.is_plain():
+                static, rows, scale = plain.prepare(rule, center and norm, streams.dtype)
+                mixed, alpha, beta, _ = plain.read(streams, views, alone, static, rows, scale, norm, center, tanh)
                 link = streams
             else:
                 mixed, link, alpha, beta = _Width.apply(streams, norm, center, tanh, *rule)[:4]
@@ -95,11 +95,11 @@ def read_streams(
     link = streams
     columns = alpha[..., None] if alpha.dim() < streams.dim() else alpha
     if torch.jit.is_scripting():
-        mixed = _mix(streams, columns[..., :views], None, None)
+        mixed = plain.mix(streams, columns[..., :views], None, None)
     else:
-        with no_autocast(streams.device.type):
-            if is_plain():
-                mixed = _mix(streams, columns[..., :views], None, None)
+        with plain.no_autocast(streams.device.type):
+            if plain.is_plain():
+                mixed = plain.mix(streams, columns[..., :views], None, None)
             else:
                 mixed, link = _Weighed.apply(streams, columns, views)
     return mixed.flatten(-2).to(streams.dtype), streams, alpha, beta, link
@@ -112,7 +112,7 @@ def carry_streams(streams: Tensor, alpha: Tensor, views: int) -> Tensor:
         return streams
     else:
         columns = alpha[..., None] if alpha.dim() < streams.dim() else alpha
-        return streams if is_plain() else _Weighed.apply(streams, columns, views)[1]
+        return streams if plain.is_plain() else _Weighed.apply(streams, columns, views)[1]
 
 
 @torch.fx.wrap
@@ -124,13 +124,16 @@ def depth_connection(
     if alpha.dim() == streams.dim():
         carried = alpha[..., output.shape[-2] :]
     if torch.jit.is_scripting():
-        mixed = _write(streams, carried, output, beta)
+        mixed = plain.write(streams, carried, output, beta)
     else:
-        with no_autocast(streams.device.type):
-            if link is streams:  # as the plain operations leave it
-                mixed = _write(streams, carried, output, beta)
-            elif _takes_kernels(streams, output.shape[-2], backend, alpha.dim() > beta.dim()):
-                mixed = kernels.depth(link, streams.detach(), _for_kernels(output, streams), alpha.detach(), beta)
+        plainly = link is streams  # as the plain operations leave it
+        chosen = "" if plainly else _kernels(streams, output.shape[-2], backend, alpha.dim() > beta.dim())
+        with plain.no_autocast(streams.device.type):
+            if plainly:
+                mixed = plain.write(streams, carried, output, beta)
+            elif chosen:
+                parts = (link, streams.detach(), _for_kernels(output, streams), alpha.detach(), beta)
+                mixed = kernels.depth(*parts, chosen == "native")
             else:
                 mixed = _Depth.apply(link, None if carried is None else carried.detach(), output, beta)
     return mixed.flatten(-2).to(streams.dtype)
@@ -144,50 +147,40 @@ def join_connections(
     norm, center, tanh, backend = options
     if torch.jit.is_scripting():
         pass
-    elif link is not streams and _takes_kernels(streams, output.shape[-2], backend, alpha.dim() > beta.dim()):
-        static, rows, scale = _prepare_at_once(rule, center and norm, streams.dtype)
-        carried = (link, streams.detach(), _for_kernels(output, streams), alpha.detach(), beta)
-        streams, views, alpha, beta, link = kernels.join(*carried, static, rows, scale, norm, center, tanh)
-        return views.flatten(-2), streams, alpha, beta, link
+    elif link is not streams:
+        chosen = _kernels(streams, output.shape[-2], backend, alpha.dim() > beta.dim())
+        if chosen:
+            prepared = _prepare_at_once(rule, center and norm, streams.dtype)
+            parts = (link, streams.detach(), _for_kernels(output, streams), alpha.detach(), beta)
+            joined = kernels.join(*parts, *prepared, norm, center, tanh, chosen == "native")
+            streams, views, alpha, beta, link = joined
+            return views.flatten(-2), streams, alpha, beta, link
     x = depth_connection(streams, output, alpha, beta, link, backend)
     return width_connection(x.unflatten(-1, (streams.shape[-2], streams.shape[-1])), rule, options)
 
 
-def _prepare(rule: Rule, center: bool, dtype: torch.dtype) -> Tuple[Tensor, Optional[Tensor], Optional[Tensor]]:
-    """Static alpha and beta (S, K), the dynamic projections as rows (K, E), and their scales (K,) or (S, K)."""
-    static_alpha, static_beta, alpha_fn, beta_fn, alpha_scale, beta_scale, norm_weight = rule
-    dtype = torch.promote_types(dtype, torch.float32)
-    columns = static_beta if static_beta.dim() == 2 else static_beta[:, None]
-    static = torch.cat([static_alpha, columns], dim=1).to(dtype)
-    if alpha_fn is None or beta_fn is None or alpha_scale is None or beta_scale is None:
-        return static, None, None
-    rows = torch.cat([alpha_fn.mT, beta_fn.mT]).to(dtype)
-    if alpha_scale.dim() == 1:
-        alpha_scale = alpha_scale.expand(alpha_fn.shape[1])
-    scale = torch.cat([alpha_scale, beta_scale], dim=-1).to(dtype)
-    if norm_weight is not None:
-        rows = rows * norm_weight.to(dtype)
-    if center:
-        rows = rows - rows.mean(1, keepdim=True)  # (H - mean(H)) @ row = H @ (row - mean(row))
-    return static, rows, scale
-
-
 def _prepare_at_once(rule: Rule, center: bool, dtype: torch.dtype) -> Any:
-    """``_prepare`` with one node in the graph of gradients."""
-    return _prepare(rule, center, dtype) if is_plain() else _Prepare.apply(center, dtype, *rule)
+    """``plain.prepare`` with one node in the graph of gradients."""
+    return plain.prepare(rule, center, dtype) if plain.is_plain() else _Prepare.apply(center, dtype, *rule)
 
 
-def _takes_kernels(streams: Tensor, views: int, backend: str, fits: bool) -> bool:
-    """Whether this connection runs as kernels, which take mixed streams and for each of them one number of beta."""
-    if backend == "torch" or torch.jit.is_tracing() or is_exporting():
-        return False
-    number = streams.shape[-2] * (views + streams.shape[-2] + 1)  # dfc6 and above take minutes to compile
-    if backend == "auto" and (not streams.is_cuda or number > MOST_COEFFICIENTS):
-        return False
-    why_not = kernels.why_not(streams) if fits else "there are none for this kind"
-    if why_not and backend == "triton":
-        raise ValueError(f"backend='triton' cannot run the kernels: {why_not}; backend='auto' takes PyTorch there")
-    return not why_not
+def _kernels(streams: Tensor, views: int, backend: str, fits: bool) -> str:
+    """Which kernels run this connection: ``triton``, ``native`` or none.
+
+    They take mixed streams (it fits), and for each of them one number of beta.
+    """
+    if backend == "torch" or torch.jit.is_tracing() or plain.is_exporting():
+        return ""
+    chosen = backend
+    if backend == "auto":
+        chosen = "triton" if streams.is_cuda else "native"
+        number = streams.shape[-2] * (views + streams.shape[-2] + 1)
+        if number > MOST_COEFFICIENTS if streams.is_cuda else not streams.is_contiguous():
+            return ""
+    why_not = kernels.why_not(streams, views, chosen == "native") if fits else "there are none for this kind"
+    if why_not and backend != "auto":
+        raise ValueError(f"backend={backend!r} cannot run the kernels: {why_not}; backend='auto' takes PyTorch there")
+    return "" if why_not else chosen
 
 
 def _for_kernels(output: Tensor, streams: Tensor) -> Tensor:
@@ -195,138 +188,17 @@ def _for_kernels(output: Tensor, streams: Tensor) -> Tensor:
     return output if output.dtype in kernels.DTYPES else output.to(streams.dtype)
 
 
-def is_plain() -> bool:
-    return torch.jit.is_tracing() or torch.compiler.is_compiling()
-
-
-def is_exporting() -> bool:
-    flags: Any = torch.compiler  # is_exporting() itself says yes in every torch.compile of PyTorch 2.11
-    return flags._is_exporting_flag
-
-
-def no_autocast(device_type: str) -> contextlib.AbstractContextManager:
-    if device_type != "meta" and torch.is_autocast_enabled(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return contextlib.nullcontext()
-
-
-def _exact_matmul(tensor: Tensor) -> bool:
-    """Whether a matmul may mix streams: on a CPU, where it is quick, if it multiplies float32 as it is."""
-    backends: Any = torch.backends  # the innermost setting says what those above it do, where it has none of its own
-    return tensor.device.type == "cpu" and backends.mkldnn.matmul.fp32_precision in ("none", "ieee")
-
-
-def _mix(streams: Tensor, alpha: Tensor, output: Optional[Tensor], beta: Optional[Tensor]) -> Tensor:
-    """alpha^T @ streams (+ beta * output): (..., S, E), (..., S, K), (..., K or 1, E), (..., S) -> (..., K, E).
-
-    An output without beta is added as it is.
-    """
-    if torch.jit.is_scripting():
-        pass
-    elif not is_plain() and alpha.shape[-1] > 1 and _exact_matmul(streams):
-        mixed = _laid_out_like(streams, alpha.mT @ streams.to(alpha.dtype))
-        if output is None:
-            return mixed
-        return mixed.add_(output) if beta is None else mixed.addcmul_(beta[..., None], output)
-    first = 0
-    if output is not None:
-        mixed = output if beta is None else beta[..., None] * output
-    else:
-        mixed = alpha[..., 0, :, None] * streams[..., 0, None, :]
-        first = 1
-    if torch.jit.is_scripting():
-        pass
-    else:
-        mixed = _laid_out_like(streams, mixed)
-    for i in range(first, streams.shape[-2]):
-        mixed.addcmul_(alpha[..., i, :, None], streams[..., i, None, :])
-    return mixed
-
-
-def _write(streams: Tensor, alpha: Optional[Tensor], output: Tensor, beta: Tensor) -> Tensor:
-    """alpha^T @ streams (None: the streams) + beta * output, or + beta @ output for a beta (..., S, V)."""
-    if alpha is None:
-        return torch.addcmul(streams.to(beta.dtype), beta[..., None], output)
-    if beta.dim() == streams.dim():
-        return _mix(streams, alpha, _mix(output, beta.mT, None, None), None)
-    return _mix(streams, alpha, output, beta)
-
-
-def _laid_out_like(streams: Tensor, mixed: Tensor) -> Tensor:
-    """Keep the memory layout of x, as ``x + branch(x)`` does: what follows may round by it."""
-    if is_plain() or mixed.shape != streams.shape or mixed.stride() == streams.stride():
-        return mixed
-    return torch.empty_like(streams, dtype=mixed.dtype).copy_(mixed)
-
-
-def _inverse_deviation(streams: Tensor, center: bool) -> Tuple[Tensor, Tensor]:
-    """What LayerNorm (center) or RMSNorm multiplies a stream by, and the mean that LayerNorm takes: (..., S, 1)."""
-    variance = torch.linalg.vector_norm(streams, dim=-1, keepdim=True).square() / streams.shape[-1]
-    mean = variance
-    if center:
-        mean = streams.mean(-1, keepdim=True)
-        variance = (variance - mean.square()).clamp(min=0.0)
-    return (variance + 1e-6).rsqrt(), mean
-
-
-def _project(x: Tensor, rows: Tensor, norm: bool, center: bool) -> Tuple[Tensor, Tensor, Tensor]:
-    """norm(x) @ rows^T, 1 / deviation and mean, as far as there are any; rows are centered if x is to be."""
-    projected = F.linear(x, rows)
-    if not norm:
-        return projected, projected, projected
-    rstd, mean = _inverse_deviation(x, center)
-    return projected * rstd, rstd, mean
-
-
 def project(x: Tensor, rows: Tensor) -> Tensor:
     """RMSNorm(x) @ rows^T: (..., C), (K, C) -> (..., K), in the dtype of the rows."""
     if torch.jit.is_scripting():
-        return _project(x.to(rows.dtype), rows, True, False)[0]
+        return plain.projections(x.to(rows.dtype), rows, True, False)[0]
     else:
-        with no_autocast(x.device.type):
-            return _project(x.to(rows.dtype), rows, True, False)[0] if is_plain() else _Project.apply(x, rows)[0]
-
-
-def _coefficients(
-    streams: Tensor,
-    static: Tensor,
-    rows: Optional[Tensor],
-    scale: Optional[Tensor],
-    norm: bool,
-    center: bool,
-    tanh: bool,
-) -> Tuple[Tensor, List[Tensor]]:
-    """static + scale * tanh(norm(H) @ rows^T): (..., S, K), and what the dynamic part is made of.
-
-    That is norm(H) @ rows^T (..., S, K), its tanh, 1 / deviation (..., S, 1) and the mean, as far as there are any.
-    """
-    if rows is None or scale is None:
-        return static.expand(streams.shape[:-2] + static.shape), []
-    projected, rstd, mean = _project(streams.to(rows.dtype), rows, norm, center)
-    dynamic = projected.tanh() if tanh else projected
-    return torch.addcmul(static, scale, dynamic), [projected, dynamic, rstd, mean]
-
-
-def _read(
-    streams: Tensor,
-    views: int,
-    alone: bool,
-    static: Tensor,
-    rows: Optional[Tensor],
-    scale: Optional[Tensor],
-    norm: bool,
-    center: bool,
-    tanh: bool,
-) -> Tuple[Tensor, Tensor, Tensor, List[Tensor]]:
-    """Views (..., V, E), alpha (..., S, V+S), beta (..., S), where one column of it stands alone, or (..., S, V).
-
-    And what the coefficients are made of.
-    """
-    coefficients, made = _coefficients(streams, static, rows, scale, norm, center, tanh)
-    last = views + static.shape[0]
-    mixed = _mix(streams, coefficients[..., :views], None, None)
-    beta = coefficients[..., last] if alone else coefficients[..., last:]
-    return mixed, coefficients[..., :last], beta, made
+        with plain.no_autocast(x.device.type):
+            return (
+                plain.projections(x.to(rows.dtype), rows, True, False)[0]
+                if plain.is_plain()
+                else _Project.apply(x, rows)[0]
+            )
 
 
 # Eager mode takes the same operations with a backward of our own: autograd's would keep each intermediate
@@ -342,7 +214,7 @@ def _mixed_gradients(
     to_views, to_carried = alpha[..., :views], alpha[..., views:]
     grad_carried = torch.zeros_like(streams) if grad_carried is None else grad_carried.to(alpha.dtype)
     if to_carried.shape[-1]:
-        grad_streams = _mix(grad_carried, to_carried.mT, None, None).contiguous()
+        grad_streams = plain.mix(grad_carried, to_carried.mT, None, None).contiguous()
         grads = [streams @ grad_carried.mT]
     else:
         grad_streams, grads = grad_carried.clone(), [to_carried]
@@ -352,8 +224,8 @@ def _mixed_gradients(
     grads.insert(0, streams @ grad_views.mT)
     if views == 1:
         grad_streams.addcmul_(to_views, grad_views)
-    elif not _exact_matmul(grad_views):
-        grad_streams.add_(_mix(grad_views, to_views.mT, None, None))
+    elif not plain.exact_matmul(grad_views):
+        grad_streams.add_(plain.mix(grad_views, to_views.mT, None, None))
     else:
         parts = (part.reshape(-1, *part.shape[-2:]) for part in (to_views, grad_views))
         grad_streams.view(-1, *grad_streams.shape[-2:]).baddbmm_(*parts)
@@ -385,7 +257,7 @@ def _projected_gradients(
 def _prepared_gradients(
     rule: Any, center: bool, grad_static: Optional[Tensor], grad_rows: Optional[Tensor], grad_scale: Optional[Tensor]
 ) -> List[Optional[Tensor]]:
-    """Those of the parameters, from those of what ``_prepare`` makes of them."""
+    """Those of the parameters, from those of what ``plain.prepare`` makes of them."""
     static_alpha, static_beta, alpha_fn, beta_fn, alpha_scale, _, norm_weight = rule
     grads: List[Optional[Tensor]] = [None] * 7
     views = static_alpha.shape[1]
@@ -408,13 +280,13 @@ def _prepared_gradients(
 
 
 class _Prepare(torch.autograd.Function):
-    """``_prepare``."""
+    """``plain.prepare``."""
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(center, dtype, *rule):
-        return _prepare(rule, center, dtype)
+        return plain.prepare(rule, center, dtype)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -428,21 +300,21 @@ class _Prepare(torch.autograd.Function):
 
 
 def _kept(made: List[Tensor], norm: bool, center: bool, tanh: bool) -> List[Optional[Tensor]]:
-    """Of what ``_coefficients`` made, what its gradient needs."""
+    """Of what ``plain.coefficients`` made, what its gradient needs."""
     projected, dynamic, rstd, mean = made or (None, None, None, None)
     return [projected, dynamic if tanh else None, rstd if norm else None, mean if norm and center else None]
 
 
 class _Width(torch.autograd.Function):
-    """``_prepare``, ``_read`` and the streams, saving the streams and what the coefficients are made of."""
+    """``plain.prepare``, ``plain.read`` and the streams, saving the streams and what the coefficients are made of."""
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(streams, norm, center, tanh, *rule):
         views, alone = rule[0].shape[1] - rule[0].shape[0], rule[1].dim() == 1
-        prepared = _prepare(rule, center and norm, streams.dtype)
-        mixed, alpha, beta, made = _read(streams, views, alone, *prepared, norm, center, tanh)
+        prepared = plain.prepare(rule, center and norm, streams.dtype)
+        mixed, alpha, beta, made = plain.read(streams, views, alone, *prepared, norm, center, tanh)
         # beta is kept longer than alpha, which must not stay with it
         return mixed, streams.view_as(streams), alpha, beta.contiguous(), *prepared, *_kept(made, norm, center, tanh)
 
@@ -459,10 +331,10 @@ class _Width(torch.autograd.Function):
         rule, (static, rows, scale, projected, dynamic, rstd, mean) = saved[:7], saved[7:]
         center = ctx.center and ctx.norm
         views, last = rule[0].shape[1] - rule[0].shape[0], rule[0].shape[1]
-        with no_autocast(streams.device.type):
+        with plain.no_autocast(streams.device.type):
             if torch.is_grad_enabled():  # for a second derivative: what was kept would be a constant there
-                static, rows, scale = _prepare(rule, center, streams.dtype)
-                coefficients, made = _coefficients(streams, static, rows, scale, ctx.norm, ctx.center, ctx.tanh)
+                static, rows, scale = plain.prepare(rule, center, streams.dtype)
+                coefficients, made = plain.coefficients(streams, static, rows, scale, ctx.norm, ctx.center, ctx.tanh)
                 projected, dynamic, rstd, mean = _kept(made, ctx.norm, ctx.center, ctx.tanh)
             else:
                 coefficients = static.expand(*streams.shape[:-2], *static.shape)
@@ -497,7 +369,7 @@ class _Project(torch.autograd.Function):
 
     @staticmethod
     def forward(x, rows):
-        return _project(x.to(rows.dtype), rows, True, False)[:2]
+        return plain.projections(x.to(rows.dtype), rows, True, False)[:2]
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -509,9 +381,9 @@ class _Project(torch.autograd.Function):
         x, rows, projected, rstd = ctx.saved_tensors
         x = x.to(rows.dtype)
         if torch.is_grad_enabled():  # for a second derivative
-            rstd, _ = _inverse_deviation(x, False)
+            rstd, _ = plain.inverse_deviation(x, False)
         grad_x = x.new_zeros(x.shape)
-        with no_autocast(x.device.type):
+        with plain.no_autocast(x.device.type):
             grad_rows = _projected_gradients(grad_x, x, rows, projected, grad, rstd, None)
         return grad_x, grad_rows
 
@@ -523,7 +395,7 @@ class _Weighed(torch.autograd.Function):
 
     @staticmethod
     def forward(streams, alpha, views):
-        return _mix(streams, alpha[..., :views], None, None), streams.view_as(streams)
+        return plain.mix(streams, alpha[..., :views], None, None), streams.view_as(streams)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -534,19 +406,19 @@ class _Weighed(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_views, grad_carried):
         streams, alpha = ctx.saved_tensors
-        with no_autocast(streams.device.type):
+        with plain.no_autocast(streams.device.type):
             grads = _mixed_gradients(streams.to(alpha.dtype), alpha, ctx.views, grad_views, grad_carried)
             return grads[0], torch.cat(grads[1], dim=-1), None
 
 
 class _Depth(torch.autograd.Function):
-    """``_write``, saving the branch output and beta; the gradient of the carried streams is that of the next ones."""
+    """``plain.write``, saving the branch output and beta. The carried streams have the gradient of the next ones."""
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(streams, alpha, output, beta):
-        return _write(streams, alpha, output, beta)
+        return plain.write(streams, alpha, output, beta)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -555,12 +427,12 @@ class _Depth(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         output, beta = ctx.saved_tensors
-        with no_autocast(grad.device.type):
+        with plain.no_autocast(grad.device.type):
             if beta.dim() == grad.dim():  # every output went to every stream
-                grad_output = _mix(grad, beta, None, None)
+                grad_output = plain.mix(grad, beta, None, None)
                 grad_beta = grad @ output.to(grad.dtype).mT
             elif output.shape[-2] == 1:  # one output went to every stream (HC)
-                grad_output = _mix(grad, beta[..., None], None, None)
+                grad_output = plain.mix(grad, beta[..., None], None, None)
                 grad_beta = (grad @ output.to(grad.dtype).mT).squeeze(-1)
             else:  # or each its own (FC)
                 grad_output = beta[..., None] * grad

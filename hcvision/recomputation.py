@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from hcvision import kernels, mixing
+from hcvision import kernels, mixing, plain
 
 
 class Recipe:
@@ -51,7 +51,7 @@ RECIPES: Any = WeakTensorKeyDictionary()
 
 def recomputable(streams: Tensor, output: Tensor, alpha: Tensor, beta: Tensor, link: Tensor, backend: str) -> Tensor:
     """``depth_connection``, whose outcome need not be kept for backward."""
-    if torch.compiler.is_compiling() and not mixing.is_exporting():
+    if torch.compiler.is_compiling() and not plain.is_exporting():
         rule = functools.partial(mixing.depth_connection, backend=backend)
         return checkpoint(rule, streams, output, alpha, beta, link, use_reentrant=False, preserve_rng_state=False)
     x = mixing.depth_connection(streams, output, alpha, beta, link, backend)
@@ -61,7 +61,7 @@ def recomputable(streams: Tensor, output: Tensor, alpha: Tensor, beta: Tensor, l
 
 def record(x: Tensor, streams: Tensor, output: Tensor, alpha: Tensor, beta: Tensor, backend: str) -> None:
     """Note on x, (..., S*E), how it follows from the streams before it."""
-    if isinstance(x, torch.fx.Proxy) or mixing.is_plain() or kernels.under_functorch():
+    if isinstance(x, torch.fx.Proxy) or plain.is_plain() or kernels.under_functorch():
         return
     before = RECIPES.get(streams, streams.detach())
     ingredients = (output.detach(), alpha.detach(), beta.detach())
@@ -71,7 +71,7 @@ def record(x: Tensor, streams: Tensor, output: Tensor, alpha: Tensor, beta: Tens
 @contextlib.contextmanager
 def keep_recipe(x: Tensor, streams: Tensor) -> Iterator[None]:
     """Let autograd keep the recipe of x, if it has one, wherever it would keep the streams (..., S, E), a view of x."""
-    if isinstance(x, torch.fx.Proxy) or mixing.is_plain() or kernels.under_functorch():
+    if isinstance(x, torch.fx.Proxy) or plain.is_plain() or kernels.under_functorch():
         yield
         return
     recipe = RECIPES.get(x)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hcvision import mixing
+from hcvision import mixing, plain
 from hcvision.connections import BUILDERS, MixingConnection, StreamConnection, check_count, check_fractions
 
 ITERATIONS = 20
@@ -327,7 +327,7 @@ def sinkhorn(logits: Tensor, iterations: int = ITERATIONS) -> Tensor:
     if torch.jit.is_scripting():
         scaled = _scale_in_turn(logits, iterations)[0][-1]
     else:
-        scaled = _scale_in_turn(logits, iterations)[0][-1] if mixing.is_plain() else _Sinkhorn.apply(logits, iterations)
+        scaled = _scale_in_turn(logits, iterations)[0][-1] if plain.is_plain() else _Sinkhorn.apply(logits, iterations)
     return scaled.movedim((0, 1), (-2, -1))
 
 

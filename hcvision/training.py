@@ -121,7 +121,7 @@ class TimmModule(pl.LightningModule):
         ema_decay: float | None = None,
         compile: bool = False,
         grad_checkpointing: bool = False,
-        connection_backend: Literal["auto", "torch", "triton"] = "auto",
+        connection_backend: Literal["auto", "torch", "triton", "native"] = "auto",
         connection_recompute: int = 0,
         skip_nonfinite: int = 0,
     ):

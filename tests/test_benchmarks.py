@@ -12,6 +12,7 @@ import torch
 
 import hcvision.benchmark
 import hcvision.mixing
+import hcvision.plain
 import hcvision.recomputation
 from hcvision import kernels
 from hcvision.connections import StreamConnection
@@ -55,21 +56,21 @@ def write_too_much(streams, output, *rest):
 
 
 def read_the_transpose(streams, alpha, output, beta):
-    return PLAIN["_mix"](streams, alpha if alpha.shape[-1] == 1 else alpha.mT, output, beta)
+    return PLAIN["mix"](streams, alpha if alpha.shape[-1] == 1 else alpha.mT, output, beta)
 
 
 def carry_nan(*args):
     return PLAIN["depth_connection"](*args) * float("nan")
 
 
-PLAIN = {name: getattr(hcvision.mixing, name) for name in ("depth_connection", "_mix")}
-BREAKS = [("depth_connection", write_too_much), ("_mix", read_the_transpose), ("depth_connection", carry_nan)]
+PLAIN = {"depth_connection": hcvision.mixing.depth_connection, "mix": hcvision.plain.mix}
+BREAKS = [("depth_connection", write_too_much), ("mix", read_the_transpose), ("depth_connection", carry_nan)]
 
 
 @pytest.mark.parametrize(("name", "broken"), BREAKS, ids=lambda value: getattr(value, "__name__", ""))
 def test_broken_connection_stops(name, broken, monkeypatch, capsys):
     """A wrong connection ends the script with a message, status 1 and no timing."""
-    monkeypatch.setattr(hcvision.mixing, name, broken)
+    monkeypatch.setattr(hcvision.plain if name == "mix" else hcvision.mixing, name, broken)
     monkeypatch.setattr(benchmark, "measure", lambda *_: pytest.fail("measured a wrong connection"))
     with pytest.raises(SystemExit, match=r"dhc2 is wrong: .* from the textbook"):
         benchmark.main(["--variants", "textbook-dhc2"])

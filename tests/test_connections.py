@@ -506,7 +506,7 @@ def test_autocast_does_not_round(name):
 @pytest.mark.parametrize("name", SEVEN)
 def test_bfloat16(name):
     """A bfloat16 connection stays bfloat16 and is one rounding away from float32 on the same values."""
-    low = random_connection(name, dtype=torch.bfloat16)
+    low = random_connection(name, dtype=torch.bfloat16, backend="torch")
     high = copy.deepcopy(low).float()
     x = torch.randn(2, 3, low.width, dtype=torch.bfloat16, requires_grad=True)
     x_high = x.detach().float().requires_grad_()

@@ -10,6 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "hcvision"
 
 FLOORS = (
+    {"plain", "gpu", "native"},
     {"kernels"},
     {"mixing"},
     {"recomputation"},
@@ -67,7 +68,7 @@ def test_one_folder():
 
 def test_connections_need_torch_alone(monkeypatch):
     """connections.py and what it stands on import the standard library and torch, with its Triton if it is there."""
-    core = ("connections", "recomputation", "mixing", "kernels")
+    core = ("connections", "recomputation", "mixing", "kernels", "plain", "gpu", "native")
     modules = set().union(*map(imported, core))
     assert {module for module in modules if module.startswith("hcvision")} <= {f"hcvision.{name}" for name in core}
     roots = {module.split(".")[0] for module in modules} - {"hcvision"}

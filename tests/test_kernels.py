@@ -1,6 +1,6 @@
-"""hcvision.kernels: values and every gradient against float64, torch's transformations, the code for a GPU.
+"""hcvision.kernels, gpu and native: values and every gradient against float64, torch's transformations, the code.
 
-Without a GPU the kernels run in Triton's interpreter (conftest.py sees to it).
+Without a GPU the kernels in Triton run in its interpreter (conftest.py sees to it).
 """
 
 import copy
@@ -16,14 +16,34 @@ import torch
 from conftest import randomize
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 import hcvision
-from hcvision import kernels
-from hcvision.connections import build_connection, expand_streams, parse_connection
+from hcvision import gpu, kernels, native
+from hcvision.connections import BACKENDS, build_connection, expand_streams, parse_connection
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+DEVICES = {"triton": DEVICE, "native": "cpu"}
+RUNS = {"triton": 3, "native": 9}  # as many as there is time for: a gradient of few numbers may be wrong by chance
 SMALL = {FP32: 2**-21, BF16: 2**-10, FP16: 2**-13}
+
+
+@pytest.fixture(params=DEVICES)
+def backend(request):
+    """Both kinds of kernels."""
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def nothing_compiled():
+    """Or the compiler gives up: the same lines of code were compiled for too many modules."""
+    torch.compiler.reset()
+
+
+def supported(backend, dtype):
+    """Those in C take float32 alone."""
+    return FP32 if backend == "native" else dtype
 
 
 @pytest.fixture
@@ -85,25 +105,26 @@ def error(found, truth):
     return statistics.median((wrong.square().mean() / right.square().mean()).sqrt().item() for wrong, right in pairs)
 
 
-def check(name, dim, shape, dtype, joined=True, layout=lambda x: x, size=1.0, **options):
-    """At most twice as wrong as the PyTorch form in the same dtype, and a small absolute term, over three runs."""
-    errors, truths = {"torch": [], "triton": []}, []
-    for run in range(3):
-        exact = randomize(Two(name, dim, "torch", **options), 0.5, run).to(DEVICE)
+def check(backend, name, dim, shape, dtype, joined=True, layout=lambda x: x, size=1.0, **options):
+    """At most twice as wrong as the PyTorch form in the same dtype, and a small term, in the median of some runs."""
+    dtype, device = supported(backend, dtype), DEVICES[backend]
+    errors, truths = {"torch": [], backend: []}, []
+    for run in range(RUNS[backend]):
+        exact = randomize(Two(name, dim, "torch", **options), 0.5, run).to(device)
         for key, parameter in exact.named_parameters():
             parameter.data = (parameter.data * (size if key.endswith("fn") else 1)).to(dtype).double()
         torch.manual_seed(run)
-        x = layout(torch.randn(*shape, exact.connections[0].width)).to(DEVICE, dtype)
-        seed = torch.randn(x.shape).to(DEVICE, dtype)
+        x = layout(torch.randn(*shape, exact.connections[0].width)).to(device, dtype)
+        seed = torch.randn(x.shape).to(device, dtype)
         truths.append(with_scales(values(exact, x.double(), seed)))
-        for backend, found in errors.items():
-            module = Two(name, dim, backend, dtype, joined, **options).to(DEVICE)
+        for form, found in errors.items():
+            module = Two(name, dim, form, dtype, joined, **options).to(device)
             module.load_state_dict(exact.state_dict())
             got = with_scales(values(module, x, seed))
             found.append({key: value - truths[-1][key] for key, value in got.items()})
     for key in truths[0]:
         truth = [run[key] for run in truths]
-        ours, theirs = (error([run[key] for run in errors[backend]], truth) for backend in ("triton", "torch"))
+        ours, theirs = (error([run[key] for run in errors[form]], truth) for form in (backend, "torch"))
         assert ours <= 2 * theirs + SMALL[dtype], f"{key}: wrong by {ours:.1e} of it, PyTorch by {theirs:.1e}"
         assert torch.cat([part.flatten() for part in truth]).abs().max() > 1e-3, f"{key} says nothing"
 
@@ -133,8 +154,8 @@ def check(name, dim, shape, dtype, joined=True, layout=lambda x: x, size=1.0, **
     ids=str,
 )
 @pytest.mark.usefixtures("poison")
-def test_numerics(name, dim, shape, dtype, options):
-    check(name, dim, shape, dtype, **options)
+def test_numerics(backend, name, dim, shape, dtype, options):
+    check(backend, name, dim, shape, dtype, **options)
 
 
 @pytest.mark.parametrize(
@@ -147,27 +168,28 @@ def test_numerics(name, dim, shape, dtype, options):
     ids=["transposed", "expanded", "every other"],
 )
 @pytest.mark.usefixtures("poison")
-def test_layouts(layout):
-    check("dhc2", 40, (2, 3), FP32, layout=layout)
-    check("dfc2", 40, (2, 3), FP32, layout=layout)
+def test_layouts(backend, layout):
+    check(backend, "dhc2", 40, (2, 3), FP32, layout=layout)
+    check(backend, "dfc2", 40, (2, 3), FP32, layout=layout)
 
 
 @pytest.mark.parametrize(("name", "dtype"), [("dhc2", FP32), ("dfc3", BF16), ("shc3", FP32)])
 @pytest.mark.usefixtures("poison")
-def test_join(name, dtype):
+def test_join(backend, name, dtype):
     """Joined and one by one the kernels give the same bits; and again the same when they run again."""
-    x = torch.randn(9, 33 * (parse_connection(name)[1] if "hc" in name else 1), device=DEVICE).to(dtype)
-    runs = [values(Two(name, 33, "triton", dtype, joined).to(DEVICE), x, x) for joined in (True, False, True)]
+    dtype = supported(backend, dtype)
+    x = torch.randn(9, 33 * (parse_connection(name)[1] if "hc" in name else 1), device=DEVICES[backend]).to(dtype)
+    runs = [values(Two(name, 33, backend, dtype, joined).to(DEVICES[backend]), x, x) for joined in (True, False, True)]
     for key, value in runs[0].items():
         assert torch.equal(value, runs[1][key]), key
         assert torch.equal(value, runs[2][key]), key
 
 
 @pytest.mark.parametrize("name", ["dhc2", "dfc3", "shc3"])
-def test_recompute(name):
+def test_recompute(backend, name):
     """Streams that are computed again give the same bits."""
-    module = Two(name, 33, "triton", FP32).to(DEVICE)
-    x = torch.randn(5, module.connections[0].width, device=DEVICE)
+    module = Two(name, 33, backend, FP32).to(DEVICES[backend])
+    x = torch.randn(5, module.connections[0].width, device=DEVICES[backend])
     plain = values(module, x, x)
     for connection in module.connections:
         connection.records = True
@@ -190,10 +212,10 @@ def test_cuda_graph(name):
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # of torch.compile itself
 @pytest.mark.parametrize(("name", "compiler"), [("dhc2", "aot_eager_decomp_partition"), ("shc3", "inductor")])
-def test_recompute_compiled(name, compiler):
+def test_recompute_compiled(backend, name, compiler):
     """In a compiled module too, where the streams between the sub-layers are not kept for backward."""
-    module = Two(name, 33, "triton", FP32).to(DEVICE)
-    x = torch.randn(5, module.connections[0].width, device=DEVICE)
+    module = Two(name, 33, backend, FP32).to(DEVICES[backend])
+    x = torch.randn(5, module.connections[0].width, device=DEVICES[backend])
     plain = values(module, x, x)
     module.connections[0].records = module.connections[1].recompute = True
     module.compile(fullgraph=True, backend=compiler)
@@ -206,10 +228,10 @@ def test_recompute_compiled(name, compiler):
 
 @pytest.mark.parametrize("shape", [(0,), (0, 3), (2, 0)], ids=str)
 @pytest.mark.parametrize("name", ["dhc2", "dfc2", "shc2"])
-def test_empty(name, shape):
+def test_empty(backend, name, shape):
     """No token: empty outputs, and gradients of zero."""
-    module = Two(name, 8, "triton", FP32).to(DEVICE)
-    x = torch.randn(*shape, module.connections[0].width, device=DEVICE, requires_grad=True)
+    module = Two(name, 8, backend, FP32).to(DEVICES[backend])
+    x = torch.randn(*shape, module.connections[0].width, device=DEVICES[backend], requires_grad=True)
     out = module(x)
     assert out.shape == x.shape
     out.sum().backward()
@@ -219,15 +241,16 @@ def test_empty(name, shape):
 
 @pytest.mark.parametrize("dtype", [FP32, BF16])
 @pytest.mark.parametrize("name", ["shc2", "dhc2", "dhc4", "sfc2", "dfc2", "dfc4"])
-def test_at_init(name, dtype):
+def test_at_init(backend, name, dtype):
     """Under bf16 autocast connections at init are the residual add bit for bit, on every stream."""
     torch.manual_seed(0)
+    dtype = supported(backend, dtype)
     copies = int(name[-1]) if "hc" in name else 1
-    branch = nn.Sequential(nn.LayerNorm(24), nn.Linear(24, 24)).to(DEVICE)
-    residual = torch.randn(2, 3, 24, device=DEVICE).to(dtype)
+    branch = nn.Sequential(nn.LayerNorm(24), nn.Linear(24, 24)).to(DEVICES[backend])
+    residual = torch.randn(2, 3, 24, device=DEVICES[backend]).to(dtype)
     x = expand_streams(residual, copies)
-    with torch.autocast(DEVICE, BF16):
-        first, second = (build_connection(name, 24, k, backend="triton", device=DEVICE) for k in range(2))
+    with torch.autocast(DEVICES[backend], BF16):
+        first, second = (build_connection(name, 24, k, backend=backend, device=DEVICES[backend]) for k in range(2))
         view, carried = first.width_connection(x)
         view, carried = second.join(branch(view), carried)
         x = second.depth_connection(branch(view), carried)
@@ -238,14 +261,14 @@ def test_at_init(name, dtype):
 
 
 @pytest.mark.parametrize("name", ["dhc2", "dfc2", "shc2"])
-def test_other_gradients(name):
+def test_other_gradients(backend, name):
     """Coefficients, the streams between two sub-layers and other carried streams have their gradients too."""
 
-    def run(backend):
-        module = Two(name, 12, backend, FP32).to(DEVICE)
+    def run(form):
+        module = Two(name, 12, form, FP32).to(DEVICES[backend])
         torch.manual_seed(3)
         first, second = module.connections
-        x = torch.randn(5, first.width, device=DEVICE, requires_grad=True)
+        x = torch.randn(5, first.width, device=DEVICES[backend], requires_grad=True)
         view, carried = first.width_connection(x)
         alpha, beta = first.weights(x)
         carried = first.carry(x * module.weight.repeat(first.width // 12), carried)
@@ -254,33 +277,53 @@ def test_other_gradients(name):
         loss = loss + (second.depth_connection(module.branch(view), carried) ** 2).sum()
         return loss, *torch.autograd.grad(loss, [x, *module.parameters()])
 
-    for a, b in zip(run("triton"), run("torch"), strict=True):
+    for a, b in zip(run(backend), run("torch"), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("dynamic", [True, False])
-def test_operators(dynamic):
+def test_operators(backend, dynamic):
     """torch.library's own checks: schema, fake tensors, gradients registered, traced by AOT dispatch."""
 
     def random(*shape):
-        return torch.randn(*shape, device=DEVICE, requires_grad=True)
+        return torch.randn(*shape, device=DEVICES[backend], requires_grad=True)
 
     rows, scale = (random(4, 8), random(4)) if dynamic else (None, None)
-    rule = (random(2, 4), rows, scale, True, True, True)
+    native_code = backend == "native"
+    rule = (random(2, 4), rows, scale, True, True, True, native_code)
     carried = (random(3, 2, 8), random(3, 1, 8), random(3, 2, 3).detach(), random(3, 2))
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(kernels.width, (random(3, 2, 8), *rule), test_utils=tests)
-    torch.library.opcheck(kernels.depth, (carried[0], carried[0].detach(), *carried[1:]), test_utils=tests)
+    torch.library.opcheck(kernels.depth, (carried[0], carried[0].detach(), *carried[1:], native_code), test_utils=tests)
     torch.library.opcheck(kernels.join, (carried[0], carried[0].detach(), *carried[1:], *rule), test_utils=tests)
 
 
+def test_flops():
+    """Counted by hand: 3 tokens of two sub-layers, n = 2 and E = 8, so that K = 4 and V + S = 3."""
+
+    def count(name):
+        module, x = Two(name, 8, "native", FP32), torch.randn(3, 16, requires_grad=True)
+        with FlopCounterMode(display=False) as forward:
+            out = module(x)
+        with FlopCounterMode(display=False) as backward:
+            out.sum().backward()
+        return forward.get_total_flops() // (2 * 3 * 2 * 8), backward.get_total_flops() // (2 * 3 * 2 * 8)
+
+    assert count("shc2") == (2 * (1 + 3), 2 * (2 * 3 + 2))
+    assert count("dhc2") == (2 * (1 + 4 + 3), 2 * (2 * 3 + 3 * 4 + 2))
+
+
 @pytest.mark.parametrize(("name", "compiler"), [("dhc2", "aot_eager"), ("dfc2", "inductor"), ("shc2", "aot_eager")])
-def test_compile(name, compiler, monkeypatch):
+def test_compile(backend, name, compiler, monkeypatch):
     """torch.compile in one graph, forward and backward, with the operators in it: as many kernels run."""
-    launched, launch = [], kernels._launch
-    monkeypatch.setattr(kernels, "_launch", lambda kernel, *rest: launched.append(kernel) or launch(kernel, *rest))
-    module = Two(name, 8, "triton", FP32).to(DEVICE)
-    x = torch.randn(2, 3, module.connections[0].width, device=DEVICE)
+    launched = []
+    for step in ("forward", "backward"):
+        run = getattr(native if backend == "native" else gpu, step)
+        monkeypatch.setattr(
+            native if backend == "native" else gpu, step, lambda *args, run=run: launched.append(run) or run(*args)
+        )
+    module = Two(name, 8, backend, FP32).to(DEVICES[backend])
+    x = torch.randn(2, 3, module.connections[0].width, device=DEVICES[backend])
     compiled = copy.deepcopy(module)
     compiled.compile(fullgraph=True, backend=compiler)
     ours, number = values(compiled, x, x.cos()), len(launched)
@@ -291,17 +334,17 @@ def test_compile(name, compiler, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["dhc2", "dfc2"])
-def test_compile_scaled_streams(name):
+def test_compile_scaled_streams(backend, name):
     """Compiled, streams that a block scales itself are carried with the gradients that they have in eager mode."""
-    connection = randomize(build_connection(name, 8, backend="triton"), 0.5).to(DEVICE)
+    connection = randomize(build_connection(name, 8, backend=backend), 0.5).to(DEVICES[backend])
 
     def run(x, scale):
         view, carried = connection.width_connection(x)
         return connection.depth_connection(view.sin(), connection.carry(x * scale, carried))
 
     def gradients(function):
-        x = torch.arange(6.0 * connection.width, device=DEVICE).sin().view(6, -1).requires_grad_()
-        scale = torch.linspace(0.5, 2, connection.width, device=DEVICE).requires_grad_()
+        x = torch.arange(6.0 * connection.width, device=DEVICES[backend]).sin().view(6, -1).requires_grad_()
+        scale = torch.linspace(0.5, 2, connection.width, device=DEVICES[backend]).requires_grad_()
         out = function(x, scale)
         return torch.autograd.grad(out.cos().sum(), [x, scale, *connection.parameters()])
 
@@ -311,10 +354,10 @@ def test_compile_scaled_streams(name):
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_checkpoint(reentrant):
+def test_checkpoint(backend, reentrant):
     """Gradient checkpointing computes the same."""
-    module = Two("dhc2", 8, "triton", FP32).to(DEVICE)
-    x = torch.randn(5, 16, device=DEVICE)
+    module = Two("dhc2", 8, backend, FP32).to(DEVICES[backend])
+    x = torch.randn(5, 16, device=DEVICES[backend])
     plain = values(module, x, x)
     module.forward = lambda x, inner=module.forward: checkpoint(inner, x, use_reentrant=reentrant)
     x = x.requires_grad_()
@@ -324,28 +367,28 @@ def test_checkpoint(reentrant):
         assert torch.equal(parameter.grad.double(), plain[key]), key
 
 
-def test_training(tiny, monkeypatch):
+def test_training(backend, tiny, monkeypatch):
     """Fifty steps of a ViT: the loss is that of the PyTorch form, all the way."""
-    sizes = kernels.tile_sizes
+    sizes = gpu.tile_sizes
     if DEVICE == "cpu":  # an interpreted tile takes as long as a larger one
-        monkeypatch.setattr(kernels, "tile_sizes", lambda *numbers: {**sizes(*numbers), "BT": 16})
+        monkeypatch.setattr(gpu, "tile_sizes", lambda *numbers: {**sizes(*numbers), "BT": 16})
 
-    def train(backend):
+    def train(form):
         torch.manual_seed(0)
         model = timm.create_model("vit_tiny_patch16_224", **{**tiny, "depth": 1, "patch_size": 16, "num_classes": 4})
-        model = hcvision.convert(model, "dhc2", backend=backend).to(DEVICE)
+        model = hcvision.convert(model, "dhc2", backend=form).to(DEVICES[backend])
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-        images = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(5)).to(DEVICE)
+        images = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(5)).to(DEVICES[backend])
         losses = []
         for _ in range(50):
-            loss = nn.functional.cross_entropy(model(images), torch.arange(3, device=DEVICE))
+            loss = nn.functional.cross_entropy(model(images), torch.arange(3, device=DEVICES[backend]))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             losses.append(loss.item())
         return torch.tensor(losses), model
 
-    (ours, model), (theirs, _) = train("triton"), train("torch")
+    (ours, model), (theirs, _) = train(backend), train("torch")
     assert theirs[-1] < theirs[0] / 4
     torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
     assert (model.blocks[0].connection2.dynamic_alpha_fn.abs() > 1e-3).any()
@@ -355,36 +398,52 @@ def test_training(tiny, monkeypatch):
 
 
 def test_backend():
-    """Checkpoints do not know it; auto is PyTorch on a CPU; triton says why it cannot."""
+    """Checkpoints do not know it; who asks for kernels is told why they cannot run."""
     for name in ("dhc2", "sfc2"):
-        states = [build_connection(name, 8, backend=backend).state_dict() for backend in ("auto", "torch", "triton")]
-        assert states[0].keys() == states[1].keys() == states[2].keys()
-    with pytest.raises(ValueError, match="backend must be one of auto, torch, triton, got 'cuda'"):
+        auto, *others = (build_connection(name, 8, backend=backend).state_dict() for backend in BACKENDS)
+        assert all(state.keys() == auto.keys() for state in others)
+    with pytest.raises(ValueError, match="backend must be one of auto, torch, triton, native, got 'cuda'"):
         build_connection("dhc2", 8, backend="cuda")
-    double = build_connection("dhc2", 8, backend="triton", dtype=torch.float64, device=DEVICE)
-    with pytest.raises(ValueError, match=r"cannot run the kernels: they take float32, .* got float64; backend='auto'"):
-        double(torch.randn(2, 16, dtype=torch.float64, device=DEVICE), torch.sin)
+
+
+@pytest.mark.parametrize("name", ["dhc2", "ghc2x3"])
+def test_what_kernels_do_not_take(backend, name):
+    """One line says it, with what works."""
+
+    def run(dtype, name=name):
+        connection = build_connection(name, 24, backend=backend, dtype=dtype, device=DEVICES[backend])
+        connection(torch.randn(2, connection.width, dtype=dtype, device=DEVICES[backend]), torch.sin)
+
+    if name == "ghc2x3":
+        with pytest.raises(ValueError, match=f"backend='{backend}' has no kernels for ghc2x3; backend='auto' takes"):
+            run(FP32)
+        return
+    taken = "float32" if backend == "native" else "float32, bfloat16 and float16"
+    with pytest.raises(
+        ValueError, match=rf"='{backend}' cannot run the kernels: they take {taken}, got float64; backend='auto' takes"
+    ):
+        run(torch.float64)
     with pytest.raises(ValueError, match="they take rates up to 8, got 9"):
-        build_connection("dhc9", 8, backend="triton", device=DEVICE)(torch.randn(2, 72, device=DEVICE), torch.sin)
-    single = build_connection("dhc2", 8, backend="triton", device=DEVICE)
+        run(FP32, "dhc9")
+    single = build_connection("dhc2", 8, backend=backend, device=DEVICES[backend])
     with pytest.raises(ValueError, match=r"they do not run under torch\.func"):
-        torch.func.vmap(lambda x: single(x, torch.sin))(torch.randn(2, 3, 16, device=DEVICE))
+        torch.func.vmap(lambda x: single(x, torch.sin))(torch.randn(2, 3, 16, device=DEVICES[backend]))
 
 
 @pytest.mark.parametrize("strict", [True, False])
-def test_export(strict):
+def test_export(backend, strict):
     """An exported model holds operations that run anywhere."""
-    module = Two("dhc2", 8, "triton", FP32).to(DEVICE)
-    x = torch.randn(3, 16, device=DEVICE)
+    module = Two("dhc2", 8, backend, FP32).to(DEVICES[backend])
+    x = torch.randn(3, 16, device=DEVICES[backend])
     exported = torch.export.export(module, (x,), strict=strict)
     assert "hcvision" not in str(exported.graph)
     torch.testing.assert_close(exported.module()(x), module(x), rtol=1e-5, atol=1e-5)
 
 
-def test_outputs_of_another_type():
+def test_outputs_of_another_type(backend):
     """Under autocast autograd keeps the branch output as it is, and sees when somebody changes it in place."""
-    connection = randomize(build_connection("dhc2", 8, backend="triton"), 0.5).to(DEVICE)
-    x = torch.randn(5, 16, device=DEVICE, requires_grad=True)
+    connection = randomize(build_connection("dhc2", 8, backend=backend), 0.5).to(DEVICES[backend])
+    x = torch.randn(5, 16, device=DEVICES[backend], requires_grad=True)
     view, carried = connection.width_connection(x)
     output, kept = view.bfloat16(), []
     with torch.autograd.graph.saved_tensors_hooks(
@@ -398,21 +457,147 @@ def test_outputs_of_another_type():
         out.sum().backward()
 
 
-def test_auto(monkeypatch):
-    """auto takes the kernels where they can run on a GPU, and PyTorch elsewhere; torch never does."""
-    called = []
-    monkeypatch.setattr(kernels, "width", lambda *_: called.append(1) or pytest.fail("ran"))
-    x = torch.randn(2, 16)
-    for backend in ("auto", "torch"):
-        build_connection("dhc2", 8, backend=backend)(x, torch.sin)
-    assert not called
+@pytest.mark.parametrize(
+    ("form", "make", "expected"),
+    [
+        ("auto", lambda: torch.randn(2, 16), True),
+        ("auto", lambda: torch.randn(16, 2).T, False),  # the layout of x is kept, as an add keeps it
+        ("auto", lambda: torch.randn(2, 16).double(), False),
+        ("auto", lambda: torch.randn(2, 16).bfloat16(), False),
+        ("native", lambda: torch.randn(16, 2).T, True),
+        ("torch", lambda: torch.randn(2, 16), False),
+    ],
+)
+def test_auto(form, make, expected, monkeypatch):
+    """On a CPU auto takes the kernels in C where they can run, never those in Triton; torch takes none."""
+    monkeypatch.setattr(gpu, "forward", lambda *_: pytest.fail("ran"))
+    called, run = [], native.forward
+    monkeypatch.setattr(native, "forward", lambda *args: called.append(1) or run(*args))
+    x = make()
+    randomize(build_connection("dhc2", 8, backend=form, dtype=x.dtype), 0.5)(x, torch.sin)
+    assert bool(called) == expected
 
 
 def test_without_triton(monkeypatch):
-    monkeypatch.setattr(kernels, "triton", None)
+    monkeypatch.setattr(gpu, "triton", None)
     with pytest.raises(ValueError, match="this PyTorch comes without Triton"):
         build_connection("dhc2", 8, backend="triton")(torch.randn(2, 16), torch.sin)
     build_connection("dhc2", 8)(torch.randn(2, 16), torch.sin)
+
+
+# second derivatives
+
+
+@pytest.mark.parametrize("joined", [True, False])
+@pytest.mark.parametrize("name", ["dhc2", "dfc3", "shc3"])
+def test_second_derivatives(backend, name, joined):
+    """The gradient of a gradient, for streams and every parameter: as good as that of PyTorch's operations."""
+
+    def run(form, dtype, seed):
+        module = randomize(Two(name, 24, form, dtype, joined), 0.3, seed).to(DEVICES[backend])
+        x = torch.randn(5, module.connections[0].width, generator=torch.Generator().manual_seed(seed))
+        x = x.to(DEVICES[backend], dtype).requires_grad_()
+        inputs = [x, *module.parameters()]
+        first = torch.autograd.grad(module(x).sin().sum(), inputs, create_graph=True)
+        second = torch.autograd.grad(sum(grad.sin().sum() for grad in first), inputs)
+        return dict(zip(["x", *dict(module.named_parameters())], (grad.double() for grad in second), strict=True))
+
+    found = [[run(form, FP32, seed) for seed in range(5)] for form in (backend, "torch")]
+    exact = [run("torch", torch.float64, seed) for seed in range(5)]
+    for key in exact[0]:
+        truth = [gradients[key] for gradients in exact]
+        ours, theirs = (error([one[key] - t for one, t in zip(runs, truth, strict=True)], truth) for runs in found)
+        assert ours <= 2 * theirs + SMALL[FP32], f"{key}: wrong by {ours:.1e} of it, PyTorch by {theirs:.1e}"
+
+
+# the code for a CPU
+
+
+@pytest.fixture
+def new_cache(tmp_path, monkeypatch):
+    """Nothing compiled yet, as on a machine that never saw hcvision."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "a cache"))
+    for function in (native.load, native.compiler):
+        function.cache_clear()
+    yield tmp_path / "a cache" / "hcvision"
+    for function in (native.load, native.compiler):
+        function.cache_clear()
+
+
+def run_dhc2(backend="auto"):
+    connection = randomize(build_connection("dhc2", 16, backend=backend), 0.5)
+    return connection(torch.arange(96.0).view(3, 32).sin(), torch.sin)
+
+
+def test_compiled_once(new_cache, monkeypatch):
+    """A file for a kind of connection, made at the first call, taken from the cache by the next process."""
+    expected = run_dhc2("torch")
+    assert not new_cache.exists()
+    torch.testing.assert_close(run_dhc2("native"), expected)
+    (made,) = new_cache.iterdir()
+    assert made.name.startswith("2x1-")
+    native.load.cache_clear()
+    monkeypatch.setattr(native.subprocess, "run", lambda *_, **__: pytest.fail("compiled again"))
+    assert torch.equal(run_dhc2("native"), run_dhc2("auto"))
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("", r"there is no C compiler \(gcc, cc, clang or the one that CC names\)"),
+        ("no-such-compiler -O", "no-such-compiler failed: .*No such file or directory: 'no-such-compiler'"),
+        ("false", "false failed: no message"),
+    ],
+)
+@pytest.mark.usefixtures("new_cache")
+def test_without_a_compiler(command, message, monkeypatch):
+    """PyTorch does the work, and who insists is told why."""
+    monkeypatch.setattr(native.shutil, "which", lambda _: None)
+    monkeypatch.setenv("CC", command)
+    with pytest.raises(ValueError, match=f"backend='native' cannot run the kernels: {message}; backend='auto' takes"):
+        run_dhc2("native")
+    assert torch.equal(run_dhc2("auto"), run_dhc2("torch"))
+
+
+def test_a_cache_that_cannot_be_written(new_cache):
+    """The same."""
+    new_cache.parent.write_text("a file")
+    with pytest.raises(ValueError, match=r"backend=.native. cannot run the kernels: .* failed: .*a cache"):
+        run_dhc2("native")
+    assert torch.equal(run_dhc2("auto"), run_dhc2("torch"))
+
+
+@pytest.mark.usefixtures("new_cache")
+def test_a_broken_library(monkeypatch):
+    """What lies in the cache and is none is not called."""
+    monkeypatch.setattr(native, "build", lambda command, library: library.write_text("no library") and "")
+    native.cache_folder().mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"2x1-.*\.so cannot be loaded: "):
+        run_dhc2("native")
+
+
+@pytest.mark.parametrize("capability", ["AVX2", "DEFAULT", "AVX512"])
+@pytest.mark.parametrize("name", ["dhc4", "dfc3", "dhc8"])
+def test_other_cpus(capability, name, monkeypatch):
+    """With shorter vectors, or none that PyTorch knows of, the values are right, as far as this CPU can run them."""
+    order = ["DEFAULT", "AVX2", "AVX512"]
+    here = torch.backends.cpu.get_cpu_capability()
+    if order.index(capability) > (order.index(here) if here in order else 0):
+        pytest.skip(f"this CPU has {here}")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    check("native", name, 96, (2, 3), FP32)
+
+
+def test_threads_do_not_matter():
+    """As many programs share the tokens, whoever runs them: the same bits."""
+    module, x = Two("dhc2", 32, "native", FP32), torch.randn(70, 64)
+    threads = torch.get_num_threads()
+    found = []
+    for number in (1, 3):
+        torch.set_num_threads(number)
+        found.append(values(module, x, x))
+    torch.set_num_threads(threads)
+    assert all(torch.equal(value, found[1][key]) for key, value in found[0].items())
 
 
 # the code for a GPU, which needs none to be made
@@ -422,14 +607,14 @@ import json, os, re, subprocess, sys, tempfile
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from hcvision import kernels
+from hcvision import gpu
 
 found = []
 for kernel, S, V, E, dtype, arch in json.loads(sys.argv[1]):
-    kernel = getattr(kernels, kernel)
+    kernel = getattr(gpu, kernel)
     constants = {"S": S, "V": V, "E": E, "DEPTH": True, "WIDTH": True, "DYNAMIC": True, "NORM": True,
                  "CENTER": V == 1, "TANH": True, "HAS_GRAD_ALPHA": True}
-    constants |= kernels.tile_sizes(S, V, E, 2 if dtype == "bf16" else 4)
+    constants |= gpu.tile_sizes(S, V, E, 2 if dtype == "bf16" else 4)
     warps = constants.pop("num_warps")
     numbers = ("T", "tiles")
     tokens = ("streams", "output", "following", "views", "grad_views", "grad_carried", "grad_streams", "grad_output")
