@@ -8,15 +8,15 @@
 
 What: one step (forward and backward) of 12 timm blocks of width 384 with 6 heads on 8 x 197 tokens,
 entry, exit and final norm included, eager, against the same trunk with residual adds. ``dhc2`` is
-this library; ``recompute-dhc2`` the same with ``convert(..., recompute=4)``; ``textbook-dhc2`` the
-papers' formula, written down with matmul and autograd; ``peer-dhc2`` the package hyper-connections
-around the same branches, with an RMSNorm. ``--compile`` adds each trunk through torch.compile: its step against
-the compiled residual trunk and against its own eager step, and what the compiled graph keeps for backward.
-Compiling takes a minute or more per trunk.
+this library; ``recompute-dhc2`` the same with ``convert(..., recompute=4)``; ``torch-dhc2`` the same without
+kernels; ``textbook-dhc2`` the papers' formula, written down with matmul and autograd; ``peer-dhc2`` the package
+hyper-connections around the same branches, with an RMSNorm. ``--compile`` adds each trunk through torch.compile: its
+step against the compiled residual trunk and against its own eager step, and what the compiled graph keeps for
+backward. Compiling takes a minute or more per trunk.
 
-How: first the library's output and gradients are held against the textbook in float64, with random
-connection parameters; where they differ the script says so and exits with 1. Then the variants take
-turns in one process, a step each per round, in an order that changes. A ratio is a step's time over
+How: first the library's output and gradients are held against the textbook in float64, and those of its kernels in
+float32, with random connection parameters; where they differ the script says so and exits with 1. Then the
+variants take turns in one process, a step each per round, in an order that changes. A ratio is a step's time over
 that of the residual step of the same round; the table has their quartiles. Saved activations are the
 bytes that live at the end of the forward pass and did not before, by whatever means they are kept,
 parameters aside: the same on every machine. CUDA adds milliseconds and the peak memory of a step.
@@ -26,6 +26,7 @@ import argparse
 import copy
 import gc
 import json
+import math
 import statistics
 import sys
 from collections.abc import Callable
@@ -52,6 +53,7 @@ except ImportError:
 DEFAULTS = ["dfc4", "dhc2", "dhc4", "shc2", "recompute-dhc4"]
 DEFAULTS += [f"{form}-{name}" for form in ("textbook", "peer") for name in ("dfc4", "dhc2", "dhc4")]
 TOLERANCE = 1e-10
+MORE_OF_A_TRUNK = 1e-3  # of the largest value, in float32: random connections in a row make much of a small error
 RECOMPUTE = 4  # blocks whose streams are computed again together, in the form ``recompute``
 COMPILED = ("compiled", "compiled_to_eager")
 NO_LIMIT = {"recompile_limit": 64, "fail_on_recompile_limit_hit": True}  # or the ninth trunk runs eager, unnoticed
@@ -143,12 +145,13 @@ def library_trunk(model: VisionTransformer) -> nn.Module:
 
 
 def build_trunk(variant: str, model: VisionTransformer) -> nn.Module:
-    """``residual``, ``dhc2``, ``recompute-dhc2``, ``textbook-dhc2`` or ``peer-dhc2`` around copies of the weights."""
+    """``residual``, ``dhc2`` or a form of it, such as ``textbook-dhc2``, around copies of the weights."""
     form, _, name = variant.rpartition("-")
     model = copy.deepcopy(model)
     if form == "peer":
         return nn.Sequential(model.norm_pre, peer_blocks(model, name), model.norm)
-    converted = convert(copy.deepcopy(model), name, recompute=RECOMPUTE if form == "recompute" else 0)
+    backend = {"backend": "torch"} if form == "torch" else {}
+    converted = convert(copy.deepcopy(model), name, recompute=RECOMPUTE if form == "recompute" else 0, **backend)
     return Textbook(model, converted) if form == "textbook" else library_trunk(converted)
 
 
@@ -185,19 +188,45 @@ def results(trunk: nn.Module, tokens: Tensor, direction: Tensor) -> list[Tensor]
     return [output, *torch.autograd.grad(output, [tokens, *connection_parameters(trunk)], direction)]
 
 
-def check_values(variant: str, size: Size) -> float:
-    """The largest relative difference of the library's ``results`` from the textbook's, in float64, randomised.
+def excess(ours: Tensor, theirs: Tensor, exact: Tensor, more: float) -> float:
+    """How wrong ours is beside what is allowed: twice as wrong as theirs, and more, of the largest value."""
+    exact = exact.double()
+    allowed = 2 * (theirs.double() - exact).abs().max() + more * exact.abs().max()
+    return ((ours.double() - exact).abs().max() / allowed).item()
+
+
+def worse(one: float, other: float) -> float:
+    """The larger number, and NaN is larger than any."""
+    return one if math.isnan(one) or one >= other else other
+
+
+def both_trunks(variant: str, size: Size, dtype: torch.dtype, device: str) -> list[list[Tensor]]:
+    """``results`` of the library and of the textbook, randomised, the same in every dtype.
 
     Recomputation goes two blocks far here, which makes two runs of them in a small trunk.
     """
     form, _, name = variant.rpartition("-")
-    model = build_model(size).double()
-    converted = convert(copy.deepcopy(model), name, recompute=2 if form == "recompute" else 0)
+    model = build_model(size)
+    backend = {"backend": "torch"} if form == "torch" else {}
+    converted = convert(copy.deepcopy(model), name, recompute=2 if form == "recompute" else 0, **backend)
     randomize(connection_parameters(converted))
-    tokens = torch.randn(size.batch, size.tokens, size.dim, dtype=torch.float64, requires_grad=True)
-    direction = torch.randn_like(tokens)
+    tokens, direction = (torch.randn(size.batch, size.tokens, size.dim).to(device, dtype) for _ in range(2))
     trunks = library_trunk(converted), Textbook(model, converted)
-    ours, theirs = (results(trunk, tokens, direction) for trunk in trunks)
+    return [results(trunk.to(device, dtype), tokens.clone().requires_grad_(), direction) for trunk in trunks]
+
+
+def check_float32(variant: str, size: Size, device: str) -> float:
+    """How wrong the library is in float32, where it may run as kernels; 1 is as much as is allowed."""
+    exact = both_trunks(variant, size, torch.float64, device)[1]
+    found = 0.0
+    for tensors in zip(*both_trunks(variant, size, torch.float32, device), exact, strict=True):
+        found = worse(found, excess(*tensors, MORE_OF_A_TRUNK))
+    return found
+
+
+def check_values(variant: str, size: Size) -> float:
+    """The largest relative difference of the library's ``results`` from the textbook's, in float64."""
+    ours, theirs = both_trunks(variant, size, torch.float64, "cpu")
     # mixing equal streams, or the mean of mixed ones, has gradients of zero in mHC
     scales = [b.abs().max().clamp(min=1e-6) for b in theirs]
     return max(((a - b).abs().max() / s).item() for a, b, s in zip(ours, theirs, scales, strict=True))
@@ -321,7 +350,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 def variant_name(text: str) -> str:
     form, _, name = text.rpartition("-")
     kind, _ = parse_connection(name)
-    if kind == "residual" or form not in ("", "textbook", "recompute", "peer"):
+    if kind == "residual" or form not in ("", "torch", "textbook", "recompute", "peer"):
         raise ValueError(text)
     if form == "peer" and kind not in ("dhc", "dfc"):
         raise ValueError(text)
@@ -330,7 +359,7 @@ def variant_name(text: str) -> str:
 
 def library_form(variant: str) -> str:
     """What of the library goes with a variant: ``recompute-dhc4`` itself, ``dhc4`` for every other form of it."""
-    return variant if variant.startswith("recompute-") else variant.rpartition("-")[2]
+    return variant if variant.startswith(("recompute-", "torch-")) else variant.rpartition("-")[2]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -354,7 +383,10 @@ def main(argv: list[str] | None = None) -> None:
         difference = check_values(name, SMALL)
         if not difference <= TOLERANCE:
             sys.exit(f"{name} is wrong: {difference:.1e} from the textbook in float64, {TOLERANCE:.0e} is allowed")
-        print(f"{name} equals the textbook in float64: {difference:.0e}")
+        wrong = check_float32(name, SMALL, args.device)
+        if not wrong <= 1:
+            sys.exit(f"{name} is wrong: in float32 {wrong:.2g} times as far from float64 as is allowed")
+        print(f"{name} equals the textbook in float64: {difference:.0e}; float32 at {wrong:.2f} of what is allowed")
     if peer is None:
         print("hyper-connections is not installed, so that no peer is measured")
     variants = [variant for variant in args.variants if peer or not variant.startswith("peer-")]

@@ -25,7 +25,6 @@ import argparse
 import gc
 import importlib.metadata
 import json
-import math
 import shlex
 import shutil
 import statistics
@@ -41,6 +40,7 @@ import timm
 import torch
 import torch._dynamo
 from connections import (
+    MORE_OF_A_TRUNK,
     NO_LIMIT,
     RECOMPUTE,
     SMALL,
@@ -49,12 +49,14 @@ from connections import (
     bar,
     build_model,
     connection_parameters,
+    excess,
     library_trunk,
     peer,
     peer_blocks,
     randomize,
     results,
     spread,
+    worse,
 )
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -80,7 +82,6 @@ MORE = {  # how wrong a value may be, of the largest one, beside twice what PyTo
     torch.bfloat16: 2**-7 if gpu.INTERPRETED else 2**-9,  # Triton's interpreter cuts off where a GPU rounds
     torch.float32: 1e-5,
 }
-MORE_OF_A_TRUNK = 1e-3  # random connections in a row make much of a small error
 COPY = 2**28  # numbers, of float32
 FLUSH = 2**28  # bytes, more than any L2 cache holds
 LEAST_ROUNDS = 5  # fewer than that are not worth a row
@@ -209,13 +210,6 @@ def with_gradients(run: Callable[[Case], list[Tensor]], case: Case) -> list[Tens
     return [*outputs, *torch.autograd.grad(taken, case.inputs, directions)]
 
 
-def excess(ours: Tensor, theirs: Tensor, exact: Tensor, more: float) -> float:
-    """How wrong ours is beside what is allowed: twice as wrong as theirs, and more, of the largest value."""
-    exact = exact.double()
-    allowed = 2 * (theirs.double() - exact).abs().max() + more * exact.abs().max()
-    return ((ours.double() - exact).abs().max() / allowed).item()
-
-
 def check_kernels(name: str, dim: int, tokens: int, dtype: torch.dtype, device: str) -> dict[str, float]:
     """By result: how wrong the kernels are, 1 being as much as is allowed."""
     case = build_case(name, dim, tokens, dtype, device)
@@ -227,11 +221,6 @@ def check_kernels(name: str, dim: int, tokens: int, dtype: torch.dtype, device: 
     for key, *tensors in zip(what, ours, theirs, exact, strict=True):
         found[key] = worse(found.get(key, 0.0), excess(*tensors, MORE[dtype]))
     return found
-
-
-def worse(one: float, other: float) -> float:
-    """The larger number, and NaN is larger than any."""
-    return one if math.isnan(one) or one >= other else other
 
 
 def check_trunk(name: str, size: Size, device: str) -> float:

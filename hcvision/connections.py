@@ -212,7 +212,7 @@ class StreamConnection(Connection):
 
     @torch.jit.ignore
     def choose_backend(self, backend: str) -> None:
-        """Run by ``auto``, ``torch`` or ``triton``; see ``HyperConnection``.
+        """Run by ``auto``, ``torch``, ``triton`` or ``native``; see ``HyperConnection``.
 
         Raises:
             ValueError: there is no such backend, or no kernel for this connection.
@@ -262,7 +262,7 @@ class StreamConnection(Connection):
             carried streams in the graph of gradients.
 
         Raises:
-            ValueError: x is not S*E wide, or backend ``triton`` cannot take it.
+            ValueError: x is not S*E wide, or the backend's kernels cannot take it.
         """
         streams = mixing.split_streams(x, self.streams, self.stream_dim)
         if torch.jit.is_scripting():
@@ -450,8 +450,9 @@ class HyperConnection(MixingConnection):
         norm: normalise the streams before the dynamic projection.
         arrangement: ``sequential``, or ``parallel``: sub-layers start out in groups of n that read
             the same input (HC fig. 4, eq. 53-55).
-        backend: ``torch``; ``triton``, the kernels of ``hcvision.kernels``, which raise where they cannot run;
-            or ``auto``, which takes them for CUDA tensors that they can take.
+        backend: ``torch``; the kernels of ``hcvision.kernels``, which raise where they cannot run: ``triton`` on a
+            GPU, ``native`` on a CPU, for float32, where there is a C compiler; or ``auto``, which takes them for
+            tensors that they can take.
 
     Raises:
         ValueError: rate < 1, layer_index < 0, an unknown arrangement or backend.
@@ -510,7 +511,7 @@ class FracConnection(MixingConnection):
         dynamic: weights depend on the input (DFC) or not (SFC).
         tanh: squash the dynamic part.
         norm: normalise the streams before the dynamic projection.
-        backend: ``torch``, ``triton`` or ``auto``; see ``HyperConnection``.
+        backend: ``torch``, ``triton``, ``native`` or ``auto``; see ``HyperConnection``.
 
     Raises:
         ValueError: rate < 1, layer_index < 0, a dim that the rate does not divide, an unknown backend.

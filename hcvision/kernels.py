@@ -420,12 +420,13 @@ def _join_backward_flops(views: Any, alpha: Any, beta: Any, link: Any, *rest: An
     return _width_backward_flops(views, alpha, beta, link, *rest) + _depth_backward_flops(link)
 
 
-for _name, _flops in {
+_FORMULAS: dict[str, Any] = {
     "width": _width_flops,
     "depth": _depth_flops,
     "join": _join_flops,
     "width_backward": _width_backward_flops,
     "depth_backward": _depth_backward_flops,
     "join_backward": _join_backward_flops,
-}.items():
-    register_flop_formula(getattr(torch.ops.hcvision, _name))(_flops)
+}
+for _name, _formula in _FORMULAS.items():
+    register_flop_formula(getattr(torch.ops.hcvision, _name))(_formula)

@@ -49,7 +49,8 @@ class ManifoldConnection(StreamConnection):
         dim: width of the model, which is E.
         rate: expansion rate n.
         layer_index: k, counted from 0 over sub-layers.
-        backend: ``torch``, ``triton`` (the write is a kernel, or an error) or ``auto``; see ``HyperConnection``.
+        backend: ``auto``, ``torch``, ``triton`` or ``native``, in which the write is a kernel, or an error; see
+            ``HyperConnection``.
 
     Raises:
         ValueError: rate < 2 (sigmoid < 1 cannot read all of one stream), layer_index < 0, an unknown backend.
@@ -123,7 +124,7 @@ class IdentityConnection(ManifoldConnection):
 
     2 / (n + 2) of the parameters of ``ManifoldConnection``, the same initial values and arguments. The carried
     streams are the streams, so that no step but the write touches them, and that is one addcmul: there is
-    no kernel, and backend ``triton`` is an error.
+    no kernel, and backends ``triton`` and ``native`` are errors.
     """
 
     has_kernels = False
@@ -176,7 +177,7 @@ class GeneralizedConnection(MixingConnection):
         backend: ``torch`` or ``auto``, which is the same here; there is no kernel.
 
     Raises:
-        ValueError: not 1 <= m < n, layer_index < 0, a dim that m does not divide, backend ``triton``.
+        ValueError: not 1 <= m < n, layer_index < 0, a dim that m does not divide, backend ``triton`` or ``native``.
     """
 
     center_norm = False

@@ -79,8 +79,8 @@ class TimmModule(pl.LightningModule):
         ema_decay: evaluate and save an exponential moving average of the weights.
         compile: run the model through torch.compile.
         grad_checkpointing: compute activations again in backward instead of keeping them: less memory, more time.
-        connection_backend: ``torch``; ``triton``, fused kernels, an error where they cannot run; or ``auto``, which
-            takes them on a GPU. Checkpoints do not know of it.
+        connection_backend: ``torch``; ``triton`` or ``native``, fused kernels for a GPU or a CPU, an error where they
+            cannot run; or ``auto``, which takes them where they can. Checkpoints do not know of it.
         connection_recompute: keep the streams of every so many blocks only, and compute those in between again in
             backward from the branch outputs, which are kept: less memory, hardly more time, with ``compile`` too.
             0 keeps them all.

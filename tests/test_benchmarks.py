@@ -14,7 +14,7 @@ import hcvision.benchmark
 import hcvision.mixing
 import hcvision.plain
 import hcvision.recomputation
-from hcvision import kernels
+from hcvision import gpu, kernels, native
 from hcvision.connections import StreamConnection
 
 ROOT = Path(__file__).parent.parent
@@ -77,6 +77,20 @@ def test_broken_connection_stops(name, broken, monkeypatch, capsys):
     assert capsys.readouterr().out == ""
 
 
+def test_broken_native_kernel_stops(monkeypatch):
+    """What is measured in float32 is checked in float32."""
+
+    def broken(read, written, sizes, flags, backward=native.backward):
+        sums = backward(read, written, sizes, flags)
+        written[0].mul_(1.01)
+        return sums
+
+    monkeypatch.setattr(native, "backward", broken)
+    monkeypatch.setattr(benchmark, "measure", lambda *_: pytest.fail("measured a wrong connection"))
+    with pytest.raises(SystemExit, match=r"^dhc2 is wrong: in float32 \S+ times as far from float64 as is allowed$"):
+        benchmark.main(["--variants", "torch-dhc2", "dhc2"])
+
+
 def test_broken_recomputation_stops(monkeypatch):
     """The form that is measured is the one that is checked."""
     recipe = hcvision.recomputation.Recipe
@@ -129,7 +143,7 @@ def test_recomputation_saves():
     model, tokens = benchmark.build_model(size), torch.randn(2, 20, 96, requires_grad=True)
     plain, less = (benchmark.saved_bytes(benchmark.build_trunk(v, model), tokens) for v in ("dhc4", "recompute-dhc4"))
     streams = 4 * tokens.nbytes
-    weights = 4 * 2 * 20 * 4 * (1 + 4 + 1)  # alpha and beta of a sub-layer, as recipes keep them
+    weights = 4 * 2 * 20 * 4 * (1 + 4)  # alpha of a sub-layer, as recipes keep it; beta is kept anyway
     assert plain - less == 10 * (streams - weights)  # of 12, those before blocks 0 and 4 stay
 
 
@@ -267,17 +281,17 @@ def test_formula(name):
     assert [t.dtype for t in theirs[:3]] == 3 * [torch.bfloat16]
     for own, truth in zip(theirs, exact, strict=True):
         assert truth.dtype == torch.float64
-        assert train_step.excess(own, own, truth, 0.0) == pytest.approx(0.5)
-        assert train_step.excess(truth, own, truth, 0.0) == 0
-        assert train_step.excess(truth - 3 * (truth - own), own, truth, 0.0) == pytest.approx(1.5)
+        assert benchmark.excess(own, own, truth, 0.0) == pytest.approx(0.5)
+        assert benchmark.excess(truth, own, truth, 0.0) == 0
+        assert benchmark.excess(truth - 3 * (truth - own), own, truth, 0.0) == pytest.approx(1.5)
 
 
 def test_worse():
     """NaN is worse than anything, whichever comes first."""
     nan = float("nan")
-    assert train_step.worse(1.0, 2.0) == train_step.worse(2.0, 1.0) == 2
-    assert not train_step.worse(nan, 1.0) <= 1
-    assert not train_step.worse(1.0, nan) <= 1
+    assert benchmark.worse(1.0, 2.0) == benchmark.worse(2.0, 1.0) == 2
+    assert not benchmark.worse(nan, 1.0) <= 1
+    assert not benchmark.worse(1.0, nan) <= 1
 
 
 def too_large(result):
@@ -615,7 +629,7 @@ def test_half_a_batch(monkeypatch, capsys):
 @pytest.fixture
 def no_kernels(monkeypatch):
     """A machine on which nothing but PyTorch runs, and a short table."""
-    monkeypatch.setattr(kernels, "why_not", lambda streams: "not here")
+    monkeypatch.setattr(gpu, "why_not", lambda streams, views: "not here")
     monkeypatch.setattr(train_step, "NAMES", ("dhc2",))
     monkeypatch.setattr(train_step, "peer", None)
     monkeypatch.setattr(train_step, "keep_freed_memory", lambda: None)
