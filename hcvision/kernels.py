@@ -1,4 +1,4 @@
-"""The update rule of ``hcvision.mixing`` as kernels: ``hcvision.gpu`` has them in Triton, ``hcvision.native`` in C.
+"""The update rule of ``hcvision.plain`` as kernels: ``hcvision.gpu`` has them in Triton, ``hcvision.native`` in C.
 
 Both have the same two. ``forward`` is the depth-connection of a sub-layer, the width-connection of the next one, or
 both joined; ``backward`` goes back through the same. Bytes they move, per token, in vectors of E numbers (S streams,

@@ -1,10 +1,11 @@
-/* The update rule of hcvision.mixing for one CPU, a token at a time: what a token needs stays in the cache.
+/* The update rule of hcvision.plain for a CPU, token by token: what a token needs stays in the cache.
 
-The same two functions as in hcvision.kernels, with the same arguments: ``forward`` is the depth-connection of a
-sub-layer, the width-connection of the next one, or both; ``backward`` goes back through the same. Streams and
-arithmetic are float32. A pointer that is NULL says that there is no such step, or no such gradient.
+Two functions, as in hcvision.gpu: ``forward`` is the depth-connection of a sub-layer, the width-connection of the
+next one, or both; ``backward`` goes back through the same. Streams and arithmetic are float32. A pointer that is
+NULL says that there is no such step, or no such gradient.
 
-Compiled for each number of streams S and of views V: hcvision.native says how.
+Compiled for a number of streams S and of views V, for vectors of LANES numbers, and for streams that they divide or
+not (TAIL): hcvision.native says how.
 
 Shapes: T tokens, E stream width, M = V + S columns of alpha, K = M + 1 coefficients of a stream, P programs. */
 
@@ -203,8 +204,8 @@ void forward(const float *streams, const float *output, const float *alpha, cons
         if (rows) {
             float rstd[S], mean[S];
             project(x, rows, E, sizes, dynamic, rstd, mean);
-            if (sizes->tanh)
-                for (int i = 0; i < COEFFICIENTS; i++) dynamic[i] = tanh_of(dynamic[i], expm1_twice(dynamic[i]));
+            for (int i = 0; sizes->tanh && i < COEFFICIENTS; i++)
+                dynamic[i] = tanh_of(dynamic[i], expm1_twice(dynamic[i]));
             UNROLL for (int i = 0; i < S; i++) {
                 for (int k = 0; k < K; k++) numbers[i * K + k] += scale[k] * dynamic[i * K + k];
             }
@@ -229,7 +230,8 @@ void backward(const float *streams, const float *grad_views, const float *grad_c
     const long T = sizes->tokens, E = sizes->width, P = sizes->programs;
 #pragma omp parallel for num_threads(sizes->threads) schedule(static)
     for (long p = 0; p < P; p++) {
-        float *of_fixed = grad_fixed + p * COEFFICIENTS, *of_rows = grad_rows + p * K * E, *of_scale = grad_scale + p * K;
+        float *of_fixed = grad_fixed + p * COEFFICIENTS;
+        float *of_rows = grad_rows + p * K * E, *of_scale = grad_scale + p * K;
         if (fixed) memset(of_fixed, 0, COEFFICIENTS * sizeof(float));
         if (rows) memset(of_rows, 0, K * E * sizeof(float)), memset(of_scale, 0, K * sizeof(float));
         for (long t = T * p / P; t < T * (p + 1) / P; t++) {
@@ -240,8 +242,7 @@ void backward(const float *streams, const float *grad_views, const float *grad_c
                 dots(x, seen, V, E, found);
                 dots(x, carried, S, E, found + V * S);
                 collect(found, M, through, M);
-                if (grad_alpha)
-                    for (int i = 0; i < S * M; i++) through[i] += grad_alpha[t * S * M + i];
+                for (int i = 0; grad_alpha && i < S * M; i++) through[i] += grad_alpha[t * S * M + i];
                 UNROLL for (int i = 0; i < S; i++) {
                     memcpy(back + i * K, through + i * M, M * sizeof(float));
                     back[i * K + M] = grad_beta[t * S + i];
@@ -277,17 +278,11 @@ void backward(const float *streams, const float *grad_views, const float *grad_c
             for (long e = 0; e < E; e += LANES) {
                 vec grad[S];
                 if (fixed) {
+                    vec h[S];
+                    UNROLL for (int v = 0; v < V; v++) __builtin_prefetch(seen + (V + v) * E + e); /* the next token */
                     UNROLL for (int i = 0; i < S; i++) {
                         __builtin_prefetch(x + (S + i) * E + e);
                         __builtin_prefetch(carried + (S + i) * E + e);
-                    }
-                    UNROLL for (int i = 0; i < V; i++) {
-                        __builtin_prefetch(seen + (V + i) * E + e);
-                    }
-                }
-                if (fixed) {
-                    vec h[S];
-                    UNROLL for (int i = 0; i < S; i++) {
                         h[i] = load(x + i * E + e, E - e);
                         grad[i] = rows ? along[i] * (h[i] - mean[i]) : (vec){0};
                     }
@@ -312,15 +307,14 @@ void backward(const float *streams, const float *grad_views, const float *grad_c
                 if (output) {
                     vec to_output[V];
                     UNROLL for (int i = 0; i < S; i++) {
+                        vec part = beta[t * S + i] * grad[i]; /* every stream took the one output of HC */
+                        to_output[i % V] = i < V ? part : to_output[i % V] + part;
                         taken[i] += load(output + (t * V + i % V) * E + e, E - e) * grad[i];
-                        to_output[i % V] = i < V ? beta[t * S + i] * grad[i] : to_output[i % V] + beta[t * S + i] * grad[i];
                     }
                     UNROLL for (int v = 0; v < V; v++) store(grad_output + (t * V + v) * E + e, to_output[v], E - e);
                 }
             }
-            if (output) {
-                all_sums(taken, S, grad_old_beta + t * S);
-            }
+            if (output) all_sums(taken, S, grad_old_beta + t * S);
         }
     }
 }

@@ -837,17 +837,18 @@ def test_gradient_checkpointing_changes_memory_and_nothing_else(build, images):
         torch.testing.assert_close(a, b)
 
 
-def test_backend_and_recomputation_are_of_the_run(build, fit, tmp_path):
+@pytest.mark.parametrize("backend", ["torch", "native"])
+def test_backend_and_recomputation_are_of_the_run(backend, build, fit, tmp_path):
     """They reach the connections, change no gradient, and are not in the checkpoint."""
     torch.manual_seed(0)
-    model = build(connection="dhc2", connection_backend="torch", connection_recompute=2)
+    model = build(connection="dhc2", connection_backend=backend, connection_recompute=2)
     torch.manual_seed(1)
     fit(model)
     parts = [part for part in model.modules() if isinstance(part, StreamConnection)]
-    assert {part.backend for part in parts} == {"torch"}
+    assert {part.backend for part in parts} == {backend}
     assert [part.recompute for part in parts] == [False, True, True, True]
     torch.manual_seed(0)
-    plain = build(connection="dhc2")
+    plain = build(connection="dhc2", connection_backend=backend)
     torch.manual_seed(1)
     fit(plain)
     for one, other in zip(model.model.parameters(), plain.model.parameters(), strict=True):
