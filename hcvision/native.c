@@ -18,7 +18,7 @@ Shapes: T tokens, E stream width, M = V + S columns of alpha, K = M + 1 coeffici
 #define COEFFICIENTS (S * K)
 
 #ifdef __AVX512F__
-#define BLOCK (S > 4 ? 2 : S > 2 ? 4 : 6) /* dot products with so many rows at once fit in registers */
+#define BLOCK (S > 4 ? 2 : S > 2 ? 6 : 6) /* dot products with so many rows at once fit in registers */
 #else
 #define BLOCK (S > 4 ? 1 : S > 2 ? 2 : 4)
 #endif
