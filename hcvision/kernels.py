@@ -24,6 +24,7 @@ back to H in the pass in which it reads H anyway.
 Letters in shapes: T tokens, S streams, V views, E stream width, K = V + S + 1 coefficients of a stream.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, Optional, Tuple
@@ -116,20 +117,45 @@ def _link(streams: Tensor) -> Tensor:
 # Operators
 
 
-def _operator(name: str, fake: Callable) -> Callable[[Callable], Any]:
-    def register(function: Callable) -> Any:
-        operator = torch.library.custom_op(f"hcvision::{name}", function, mutates_args=())
-        operator.register_fake(fake)
-        return operator
+class Operator:
+    """An operator of PyTorch, with a gradient where one is registered.
 
-    return register
+    In plain eager mode, where nobody watches operators, the same functions run as a function of autograd: calling an
+    operator that is written in Python takes as long as a small kernel does.
+    """
+
+    function: Callable
+    differentiable: Any = None
+
+    def __init__(self, function: Callable, fake: Callable):
+        functools.update_wrapper(self, function)
+        self.function = function
+        self.operator = torch.library.custom_op(f"hcvision::{function.__name__}", function, mutates_args=())
+        self.operator.register_fake(fake)
+
+    def register_autograd(self, backward: Callable, setup_context: Callable) -> None:
+        self.operator.register_autograd(backward, setup_context=setup_context)
+        parts = {"forward": self.function, "setup_context": setup_context, "backward": backward}
+        name = self.function.__name__.capitalize()
+        self.differentiable = type(name, (torch.autograd.Function,), {key: staticmethod(f) for key, f in parts.items()})
+
+    def __call__(self, *inputs: Any) -> Any:
+        if torch.compiler.is_compiling() or type(inputs[0]) is not Tensor or torch._C._len_torch_dispatch_stack():
+            return self.operator(*inputs)
+        if self.differentiable is None or not torch.is_grad_enabled():
+            return self.function(*inputs)
+        return self.differentiable.apply(*inputs)
+
+
+def _operator(fake: Callable) -> Callable[[Callable], Operator]:
+    return functools.partial(Operator, fake=fake)
 
 
 def _fake_width(streams, static, rows, scale, norm, center, tanh, native_code):
     return *_forward_outputs(streams, static.shape[1] - static.shape[0] - 1), _link(streams)
 
 
-@_operator("width", _fake_width)
+@_operator(_fake_width)
 def width(
     streams: Tensor,
     static: Tensor,
@@ -168,7 +194,7 @@ def _fake_depth(link, streams, output, alpha, beta, native_code):
     return torch.empty(streams.shape, dtype=streams.dtype, device=streams.device)
 
 
-@_operator("depth", _fake_depth)
+@_operator(_fake_depth)
 def depth(link: Tensor, streams: Tensor, output: Tensor, alpha: Tensor, beta: Tensor, native_code: bool) -> Tensor:
     """Depth-connection: beta * output + alpha_r^T streams, (..., S, E); ``link`` as ``width`` returned it."""
     return _forward(streams, output.shape[-2], (output, alpha, beta), None, native_code)[0]
@@ -179,7 +205,7 @@ def _fake_join(link, streams, output, alpha, beta, static, rows, scale, norm, ce
     return following, *_fake_width(following, static, rows, scale, norm, center, tanh, native_code)
 
 
-@_operator("join", _fake_join)
+@_operator(_fake_join)
 def join(
     link: Tensor,
     streams: Tensor,
@@ -204,7 +230,7 @@ def _fake_depth_backward(grad, output, beta, native_code):
     return torch.empty_like(output.contiguous()), torch.empty_like(beta.contiguous())
 
 
-@_operator("depth_backward", _fake_depth_backward)
+@_operator(_fake_depth_backward)
 def depth_backward(grad: Tensor, output: Tensor, beta: Tensor, native_code: bool) -> Tuple[Tensor, Tensor]:
     """The gradients of output and beta, from that of the next streams, which is that of the link too."""
     grad_output, grad_beta = _backward(grad, output.shape[-2], (output, beta), None, native_code)
@@ -217,7 +243,7 @@ def _fake_width_backward(grad_views, grad_alpha, grad_beta, grad_link, streams, 
     return torch.empty_like(streams.contiguous()), *(torch.empty_like(part.contiguous()) for part in parts)
 
 
-@_operator("width_backward", _fake_width_backward)
+@_operator(_fake_width_backward)
 def width_backward(
     grad_views: Tensor,
     grad_alpha: Optional[Tensor],
@@ -243,7 +269,7 @@ def _fake_join_backward(*inputs):
     return *_fake_width_backward(*width), *_fake_depth_backward(width[3], output, old_beta, width[-1])
 
 
-@_operator("join_backward", _fake_join_backward)
+@_operator(_fake_join_backward)
 def join_backward(
     grad_views: Tensor,
     grad_alpha: Optional[Tensor],
@@ -337,7 +363,7 @@ def _differentiable(function: Callable, inputs: Any, grads: list[Optional[Tensor
     return [next(found) if part is not None and part.requires_grad else None for part in inputs]
 
 
-width.register_autograd(_width_backward, setup_context=_width_setup)
+width.register_autograd(_width_backward, _width_setup)
 
 
 def _depth_setup(ctx: Any, inputs: Any, output: Any) -> None:
@@ -361,7 +387,7 @@ def _back_to_output(grad: Tensor, output: Tensor, beta: Tensor, native_code: boo
     return grad_output, None, grad_beta
 
 
-depth.register_autograd(_depth_backward, setup_context=_depth_setup)
+depth.register_autograd(_depth_backward, _depth_setup)
 
 
 def _join_setup(ctx: Any, inputs: Any, output: Any) -> None:
@@ -385,7 +411,7 @@ def _join_backward(ctx: Any, grad_following: Any, *grads: Any) -> Any:
     return to_streams, None, *to_output, *found, None, None, None, None
 
 
-join.register_autograd(_join_backward, setup_context=_join_setup)
+join.register_autograd(_join_backward, _join_setup)
 
 
 # What PyTorch counts (torch.utils.flop_counter): two operations to a multiply-add, as of a matmul

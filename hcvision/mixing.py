@@ -447,5 +447,6 @@ class _AsGiven(inspect.Signature):
         return types.SimpleNamespace(args=args, kwargs={}, apply_defaults=lambda: None)
 
 
-for _function in (_Prepare, _Width, _Project, _Weighed, _Depth):
+_operators = [operator.differentiable for operator in (kernels.width, kernels.depth, kernels.join)]
+for _function in (_Prepare, _Width, _Project, _Weighed, _Depth, *_operators):
     _function.forward.__signature__ = _AsGiven()  # type: ignore[attr-defined,union-attr]

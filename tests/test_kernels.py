@@ -15,6 +15,8 @@ import timm
 import torch
 from conftest import randomize
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -293,9 +295,33 @@ def test_operators(backend, dynamic):
     rule = (random(2, 4), rows, scale, True, True, True, native_code)
     carried = (random(3, 2, 8), random(3, 1, 8), random(3, 2, 3).detach(), random(3, 2))
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(kernels.width, (random(3, 2, 8), *rule), test_utils=tests)
-    torch.library.opcheck(kernels.depth, (carried[0], carried[0].detach(), *carried[1:], native_code), test_utils=tests)
-    torch.library.opcheck(kernels.join, (carried[0], carried[0].detach(), *carried[1:], *rule), test_utils=tests)
+    carried = (carried[0], carried[0].detach(), *carried[1:])
+    cases = {"width": (random(3, 2, 8), *rule), "depth": (*carried, native_code), "join": (*carried, *rule)}
+    for step, inputs in cases.items():
+        torch.library.opcheck(getattr(kernels, step).operator, inputs, test_utils=tests)
+
+
+@pytest.mark.parametrize("name", ["dhc2", "shc2", "dfc2"])
+def test_watched(backend, name):
+    """Who watches operators sees them; unwatched the same bits come without them."""
+    module = Two(name, 12, backend, FP32).to(DEVICES[backend])
+    x = torch.randn(5, module.connections[0].width, device=DEVICES[backend])
+    plain = values(module, x, x)
+    seen = set()
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            seen.add(str(function._overloadpacket))
+            return function(*args, **(kwargs or {}))
+
+    with Watch():
+        watched = values(module, x, x)
+    steps = {f"hcvision.{step}{back}" for step in ("width", "depth", "join") for back in ("", "_backward")}
+    assert seen >= steps
+    for key, value in plain.items():
+        assert torch.equal(watched[key], value), key
+    with FakeTensorMode() as mode:
+        assert Two(name, 12, "auto", FP32)(mode.from_tensor(x.cpu())).shape == x.shape
 
 
 def test_flops():
