@@ -45,8 +45,8 @@ def cache_folder() -> Path:
 @functools.cache
 def compiler() -> list[str]:
     """The command of a C compiler; empty where there is none."""
-    names = shlex.split(os.environ.get("CC", "")) or [name for name in ("gcc", "cc", "clang") if shutil.which(name)]
-    return names[:1] if "CC" not in os.environ else names
+    chosen = shlex.split(os.environ.get("CC", ""))
+    return chosen or next(([name] for name in ("gcc", "cc", "clang") if shutil.which(name)), [])
 
 
 def build(command: list[str], library: Path) -> str:
