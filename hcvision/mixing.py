@@ -177,6 +177,8 @@ def _kernels(streams: Tensor, views: int, backend: str, fits: bool) -> str:
         number = streams.shape[-2] * (views + streams.shape[-2] + 1)
         if number > MOST_COEFFICIENTS if streams.is_cuda else not streams.is_contiguous():
             return ""
+        if torch.compiler.is_compiling() and not streams.is_cuda:  # Inductor's code keeps less, and is as quick
+            return ""
     why_not = kernels.why_not(streams, views, chosen == "native") if fits else "there are none for this kind"
     if why_not and backend != "auto":
         raise ValueError(f"backend={backend!r} cannot run the kernels: {why_not}; backend='auto' takes PyTorch there")
