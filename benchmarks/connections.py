@@ -206,11 +206,12 @@ def both_trunks(variant: str, size: Size, dtype: torch.dtype, device: str) -> li
     Recomputation goes two blocks far here, which makes two runs of them in a small trunk.
     """
     form, _, name = variant.rpartition("-")
-    model = build_model(size)
+    model = build_model(size).double()
     backend = {"backend": "torch"} if form == "torch" else {}
     converted = convert(copy.deepcopy(model), name, recompute=2 if form == "recompute" else 0, **backend)
     randomize(connection_parameters(converted))
-    tokens, direction = (torch.randn(size.batch, size.tokens, size.dim).to(device, dtype) for _ in range(2))
+    tokens = torch.randn(size.batch, size.tokens, size.dim, dtype=torch.float64)
+    tokens, direction = (t.to(device, dtype) for t in (tokens, torch.randn_like(tokens)))
     trunks = library_trunk(converted), Textbook(model, converted)
     return [results(trunk.to(device, dtype), tokens.clone().requires_grad_(), direction) for trunk in trunks]
 
@@ -220,7 +221,8 @@ def check_float32(variant: str, size: Size, device: str) -> float:
     exact = both_trunks(variant, size, torch.float64, device)[1]
     found = 0.0
     for tensors in zip(*both_trunks(variant, size, torch.float32, device), exact, strict=True):
-        found = worse(found, excess(*tensors, MORE_OF_A_TRUNK))
+        if not tensors[-1].abs().max() < 1e-6:  # gradients of zero in mHC
+            found = worse(found, excess(*tensors, MORE_OF_A_TRUNK))
     return found
 
 
