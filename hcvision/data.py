@@ -3,6 +3,7 @@
 import atexit
 import itertools
 import json
+import math
 import multiprocessing
 import os
 import signal
@@ -40,6 +41,7 @@ from hcvision.streaming import Lanes, Shards, check_labels, open_dataset
 
 BUILT_IN = {"fashion_mnist": 10, "cifar10": 10, "cifar100": 100}
 LATENT_FORMAT = "hcvision-latents-1"
+QUOTA = Path("/sys/fs/cgroup/cpu.max")
 TIMM_PREFIXES = ("hfds/", "hfids/", "wds/", "tfds/", "torch/")
 
 
@@ -138,9 +140,9 @@ class StreamedImages(Images):
 
     base: Lanes
 
-    def __getitem__(self, index: int | tuple[int, int]) -> tuple[Tensor, int | Tensor] | BadImage:
+    def read(self, index: int | tuple[int, int]) -> tuple[Tensor, int | Tensor] | BadImage:
         self.base.epoch = index[0] if isinstance(index, tuple) else 0
-        return super().__getitem__(index)
+        return super().read(index)
 
 
 class Loader(DataLoader):
@@ -177,7 +179,8 @@ class ImageData(pl.LightningDataModule):
         num_classes: number of classes; only timm's dataset strings need it.
         batch_size: images per process and step.
         eval_batch_size: the same for evaluation; batch_size if None.
-        num_workers: loading processes; None takes the CPU cores available, at most 8.
+        num_workers: loading processes; None takes the CPU cores available, at most 8, and none for Fashion-MNIST and
+            CIFAR where there is no GPU: their images are in memory, and the cores are better spent on training.
         img_size: pixels (square); the model's if None.
         mean: per channel; the model's if None.
         std: per channel; the model's if None.
@@ -245,7 +248,8 @@ class ImageData(pl.LightningDataModule):
         self.val_fraction, self.split_seed, self.train_samples = val_fraction, split_seed, train_samples
         self.splits = {"train": train_split, "val": val_split, "test": test_split}
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size or batch_size
-        self.num_workers = count_workers(num_workers)
+        in_memory = dataset in BUILT_IN and not torch.accelerator.is_available()
+        self.num_workers = count_workers(0 if in_memory and num_workers is None else num_workers)
         self.view: dict[str, Any] = {
             "img_size": img_size, "mean": mean, "std": std, "interpolation": interpolation, "crop_pct": crop_pct
         }  # fmt: skip
@@ -499,7 +503,7 @@ class ImageData(pl.LightningDataModule):
             sampler=sampler,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
-            collate_fn=collate,
+            collate_fn=dataset.collate if isinstance(dataset, Images) else collate,
             worker_init_fn=outlive_signals() if self.num_workers else None,
             drop_last=training,
             pin_memory=torch.cuda.is_available(),
@@ -527,7 +531,7 @@ class ImageData(pl.LightningDataModule):
         half = (0.5,) * input_size[0]
         transform = create_transform(input_size, interpolation="bicubic", crop_pct=1.0, mean=half, std=half)
         images = Images(base, indices, transform, "L" if input_size[0] == 1 else "RGB")
-        return DataLoader(images, self.eval_batch_size, num_workers=self.num_workers, collate_fn=collate)
+        return DataLoader(images, self.eval_batch_size, num_workers=self.num_workers, collate_fn=images.collate)
 
     def train_dataloader(self) -> DataLoader:
         return self._loader("train")
@@ -593,4 +597,15 @@ def outlive_signals() -> OutliveSignals:
 
 def count_workers(wanted: int | None) -> int:
     """``wanted``, where None stands for the CPU cores available, at most 8."""
-    return min(8, len(os.sched_getaffinity(0))) if wanted is None else wanted
+    return min(8, count_cores()) if wanted is None else wanted
+
+
+def count_cores() -> int:
+    """The CPU cores that this process may use, by its affinity and by the quota of its container (cgroup v2)."""
+    has_affinity = hasattr(os, "sched_getaffinity")  # not on macOS
+    cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
+    try:
+        quota, period = QUOTA.read_text().split()
+        return max(1, min(cores, math.ceil(int(quota) / int(period))))
+    except (OSError, ValueError):  # no such file; "max" for no quota
+        return cores

@@ -6,7 +6,7 @@ import os
 import random
 import struct
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,11 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from pytorch_lightning.utilities.seed import isolate_rng
 from timm.data.auto_augment import AugmentOp
+from timm.data.transforms import MaybeToTensor
 from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 from torchvision import datasets as tv_datasets
+from torchvision import transforms
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 NO_NEWS = {"Thumbs.db", "desktop.ini"}  # in folders of images
@@ -45,15 +47,31 @@ class Images(Dataset):
 
     An index may come with an epoch. Then its augmentation depends on (seed, epoch, index) alone: not
     on the number of workers, on what else draws random numbers, or on where a run was resumed.
+
+    A DataLoader asks for the samples of a batch together. What a transform does last and to all images alike,
+    the conversion to floats and the normalization, is done to the whole batch, with the same result to the bit.
     """
 
     def __init__(self, base: Any, indices: Sequence[int], transform: Callable, mode: str, seed: int = 0):
-        self.base, self.indices, self.transform, self.mode, self.seed = base, indices, transform, mode, seed
+        self.base, self.indices, self.mode, self.seed = base, indices, mode, seed
+        self.transform, self.normalize = split_transform(transform)
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def __getitem__(self, index: int | tuple[int, int]) -> tuple[Tensor, int | Tensor] | BadImage:
+        sample = self.__getitems__([index])[0]
+        return sample if isinstance(sample, BadImage) else (self.to_floats(sample[0]), sample[1])
+
+    def __getitems__(self, indices: Sequence[int | tuple[int, int]]) -> list[tuple[Tensor, int | Tensor] | BadImage]:
+        """The samples of a batch, which ``collate`` normalizes."""
+        augmented = any(isinstance(index, tuple) for index in indices)
+        isolated = augmented and get_worker_info() is None  # the process that trains draws random numbers, too
+        with isolate_rng(include_cuda=False) if isolated else contextlib.nullcontext():
+            return [self.read(index) for index in indices]
+
+    def read(self, index: int | tuple[int, int]) -> tuple[Tensor, int | Tensor] | BadImage:
+        """A sample, not normalized yet. Leaves the random generators in a state of its own if an epoch is given."""
         epoch, number = index if isinstance(index, tuple) else (None, index)
         position = self.indices[number]
         doing = "read"
@@ -61,18 +79,40 @@ class Images(Dataset):
             image, target = self.base[position]
             image = to_mode(image, self.mode)
             doing = "transform"
-            if epoch is None:
-                return self.transform(image), target
-            with isolate_rng(include_cuda=False) if get_worker_info() is None else contextlib.nullcontext():
+            if epoch is not None:
                 seed = int(np.random.SeedSequence((self.seed, epoch, number)).generate_state(1)[0])
                 random.seed(seed)
                 np.random.seed(seed)  # noqa: NPY002 - the generator that timm's transforms draw from
                 torch.default_generator.manual_seed(seed)  # torch.manual_seed notes a traceback for each kind of GPU
-                return self.transform(image), target
+            return self.transform(image), target
         except (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError) as error:
             samples = getattr(self.base, "samples", None)
             path = samples[position][0] if samples else f"number {position}"
             return BadImage(str(path), say_why(error), doing)
+
+    def collate(self, samples: list[tuple[Tensor, int | Tensor] | BadImage]) -> "Batch":
+        """What a DataLoader makes of the samples of a batch."""
+        batch = collate(samples)
+        return replace(batch, images=self.to_floats(batch.images)) if len(batch.images) else batch
+
+    def to_floats(self, images: Tensor) -> Tensor:
+        """Images (..., C, H, W) as ``transform`` gives them, converted and normalized."""
+        if self.normalize is None:
+            return images
+        return self.normalize(images.to(torch.get_default_dtype()).div_(255))
+
+
+def split_transform(transform: Callable) -> tuple[Callable, transforms.Normalize | None]:
+    """A transform of a PIL image in two: what is done to each image, and what can be done to a whole batch.
+
+    Where it ends with torchvision's conversion to floats and its normalization, the first part gives uint8
+    (C, H, W), and the second is the normalization. Else the first part is all of it.
+    """
+    steps = getattr(transform, "transforms", [])
+    last = tuple(map(type, steps[-2:]))
+    if last not in ((MaybeToTensor, transforms.Normalize), (transforms.ToTensor, transforms.Normalize)):
+        return transform, None
+    return transforms.Compose([*steps[:-2], transforms.PILToTensor()]), steps[-1]
 
 
 @dataclass

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Subset
 
 from hcvision.data import LATENT_FORMAT, LatentShards, count_workers
 from hcvision.diffusion import SeededNoise
-from hcvision.images import Images, collate, open_folder
+from hcvision.images import Images, open_folder
 from hcvision.runs import pick_device
 
 
@@ -121,7 +121,7 @@ def encode_folder(
                 say(f"{path}: was there")
                 continue
             chosen = range(start, min(start + shard_size, len(base)))
-            loader: Any = DataLoader(Subset(images, chosen), batch_size, num_workers=workers, collate_fn=collate)
+            loader: Any = DataLoader(Subset(images, chosen), batch_size, num_workers=workers, collate_fn=images.collate)
             tensors, left_out = encode_shard(model, loader, start, seed, skip_bad_images, device)
             values = tensors["latents"].double()
             statistics = {

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from hcvision.convert import create_model
 from hcvision.data import ImageData, count_workers
 from hcvision.dit import DiT
-from hcvision.images import BadImage, Images, collate, open_image, walk_files
+from hcvision.images import BadImage, Images, open_image, walk_files
 from hcvision.runs import best_checkpoint, checkpoint_folder, pick_device, read_checkpoint, write_whole
 from hcvision.training import ImageClassifier, ImageGenerator, TimmModule
 
@@ -310,7 +310,7 @@ def predict_files(
         num_workers = min(count_workers(None), math.ceil(len(files) / batch_size) - 1)
     images = classifier.dataset(Files(files), range(len(files)))
     loader = DataLoader(
-        images, batch_size, num_workers=max(num_workers, 0), collate_fn=collate, pin_memory=place.type == "cuda"
+        images, batch_size, num_workers=max(num_workers, 0), collate_fn=images.collate, pin_memory=place.type == "cuda"
     )
     read: list[Path] = []
     classes, probabilities, unreadable = [], [], []

@@ -1,3 +1,4 @@
+import os
 import shutil
 import subprocess
 import sys
@@ -8,6 +9,7 @@ import pytorch_lightning as pl
 import torch
 from PIL import Image
 
+from hcvision import data
 from hcvision.data import ImageData
 from hcvision.images import BadImage, Batch, collate, posterize, split_by_class
 
@@ -358,3 +360,25 @@ def test_a_script_that_keeps_its_loader_ends(image_folder, start):
     path.write_text(code)
     done = subprocess.run([sys.executable, str(path)], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout) == (0, "5\n"), done.stderr[-2000:]
+
+
+def test_cores_of_a_container(tmp_path, monkeypatch):
+    """A quota counts like an affinity; without either file or function all cores of the machine do."""
+    monkeypatch.setattr(data, "QUOTA", tmp_path / "cpu.max")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(6)), raising=False)
+    assert data.count_cores() == 6
+    for text, cores in (("max 100000", 6), ("250000 100000", 3), ("20000 100000", 1), ("9900000 100000", 6)):
+        (tmp_path / "cpu.max").write_text(f"{text}\n")
+        assert data.count_cores() == cores
+    monkeypatch.delattr(os, "sched_getaffinity")
+    monkeypatch.setattr(os, "cpu_count", lambda: 16)
+    assert data.count_cores() == 16
+    assert [data.count_workers(wanted) for wanted in (None, 0, 3)] == [8, 0, 3]
+
+
+@pytest.mark.parametrize(("gpu", "workers"), [(False, 0), (True, 5)])
+def test_images_in_memory_need_no_loading_process(monkeypatch, gpu, workers):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: gpu)
+    monkeypatch.setattr(data, "count_cores", lambda: 5)
+    assert ImageData("fashion_mnist").num_workers == workers
+    assert ImageData("cifar10", num_workers=2).num_workers == 2

@@ -8,8 +8,20 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from timm.data import create_transform
+from torch.utils.data import DataLoader
 
-from hcvision.images import Images, Table, find_classes, open_folder, open_image, read_table, to_mode, walk_files
+from hcvision.images import (
+    BadImage,
+    Images,
+    Table,
+    find_classes,
+    open_folder,
+    open_image,
+    read_table,
+    to_mode,
+    walk_files,
+)
 
 
 def gradient(mode="RGB", size=(7, 5)):
@@ -163,3 +175,31 @@ def test_images_convert_before_they_transform(tmp_path):
     rows = read_table(write_table(tmp_path / "t.csv", "file,label\na.png,x\n", ()), "file", "label")
     images = Images(Table(rows, ["x"]), [0], lambda image: torch.from_numpy(np.array(image)), "L")
     assert torch.equal(images[0][0], torch.from_numpy(gray.copy()))
+
+
+class Pictures:
+    """Two kinds of images in memory, and one that cannot be read."""
+
+    def __getitem__(self, number):
+        if number == 2:
+            raise OSError("broken")
+        return gradient(size=(9 + number, 8)), number
+
+
+@pytest.mark.parametrize("more", [{}, {"re_prob": 1.0}, {"no_aug": True}, {"auto_augment": "rand-m9-inc1"}])
+@pytest.mark.parametrize(("mode", "channels"), [("RGB", 3), ("L", 1)])
+@pytest.mark.parametrize("training", [True, False])
+def test_a_batch_is_the_images_one_by_one_to_the_bit(more, mode, channels, training):
+    """What is done to the whole batch (floats, mean, std) gives what timm's transform gives each image."""
+    arguments = {"mean": (0.4, 0.5, 0.6)[:channels], "std": (0.2, 0.3, 0.4)[:channels], "is_training": training}
+    transform = create_transform((channels, 7, 7), **arguments, **(more if training else {}))
+    images = Images(Pictures(), [0, 1, 2, 3], transform, mode, seed=3)
+    indices = [(5, number) if training else number for number in range(4)]
+    batch = next(iter(DataLoader(images, 4, sampler=indices, collate_fn=images.collate)))
+    assert (batch.images.dtype, batch.targets.tolist()) == (torch.float32, [0, 1, 3])
+    assert [str(bad) for bad in batch.bad] == ["cannot read image number 2: broken"]
+    images.transform, images.normalize = transform, None  # timm's own, image by image
+    alone = [images[index] for index in indices]
+    assert isinstance(alone.pop(2), BadImage)
+    assert torch.equal(batch.images, torch.stack([image for image, _ in alone]))
+    assert (images.read(indices[0])[0].dtype, batch.images.min() < 0) == (torch.float32, True)
