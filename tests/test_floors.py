@@ -20,7 +20,9 @@ FLOORS = (
     {"convert"},
     {"vit", "dit"},
     {"__init__"},  # the public names; who imports the package itself stands above them
-    {"diffusion", "images", "streaming", "fashion"},
+    {"arguments"},
+    {"diffusion", "images", "fashion"},
+    {"streaming"},
     {"data"},
     {"runs"},
     {"latents", "sampling", "sharding"},
