@@ -124,6 +124,70 @@ def write_whole(path: Path, content: Any) -> None:
         partial.unlink(missing_ok=True)  # what is left of it where that failed
 
 
+class LastCheckpoint(ModelCheckpoint):
+    """``last.ckpt``: the end of every epoch, also of one that ends early, and every validation in the middle of one."""
+
+    def __init__(self, folder: Path):
+        super().__init__(folder, "last", save_on_train_epoch_end=True, enable_version_counter=False)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over nothing: the folder may have been another one."""
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        updated = (trainer.fit_loop.batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        if is_inside_epoch(trainer) and updated and not self._should_skip_saving_checkpoint(trainer):
+            self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
+
+
+class BestCheckpoint(ModelCheckpoint):
+    """``best.ckpt``: of all validations the one with the best score, or none where there is no validation.
+
+    The score to beat is read in the file itself, so that a folder may be copied, moved or renamed.
+    """
+
+    def __init__(self, folder: Path, monitor: str, mode: str):
+        super().__init__(folder, "best", monitor, mode=mode, enable_version_counter=False)
+        self.path = Path(str(self.dirpath)) / "best.ckpt"
+        self.is_validated = False  # since the last look
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over nothing: the file counts, which may be newer or gone."""
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        if trainer.state.fn == "fit" and self.path.is_file():
+            state = read_checkpoint(self.path).get("callbacks", {}).get(self.state_key, {})
+            self.best_model_score, self.best_model_path = state.get("best_model_score"), str(self.path)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.is_validated = trainer.state.fn == "fit" and not trainer.sanity_checking
+        if is_inside_epoch(trainer):
+            self.compare(trainer)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.compare(trainer)
+
+    def compare(self, trainer: pl.Trainer) -> None:
+        """Keep a checkpoint if what was validated last is better than what is there."""
+        score = trainer.callback_metrics.get(str(self.monitor))
+        if not self.is_validated or score is None:
+            return
+        self.is_validated = False
+        sign = 1 if self.mode == "max" else -1
+        if score.isnan():
+            score = torch.full_like(score, -sign * float("inf"))
+        best = self.best_model_score if self.path.is_file() else None
+        if trainer.strategy.broadcast(best is None or bool(sign * score > sign * best.to(score.device))):
+            self.best_model_score, self.best_model_path = score, str(self.path)
+            self._save_checkpoint(trainer, str(self.path))
+
+
+def is_inside_epoch(trainer: pl.Trainer) -> bool:
+    """Whether more batches of the epoch follow, in a training."""
+    return trainer.state.fn == "fit" and not trainer.sanity_checking and not trainer.is_last_batch
+
+
 class Stopped(SystemExit):
     """A run was asked to stop (Ctrl-C, SIGTERM) and did. ``code`` is 128 and the signal's number, as shells have it."""
 
@@ -243,7 +307,7 @@ def equip(
     ``monitor`` is the metric that chooses the best checkpoint, and whether it is to be max or min. What
     ``trainer`` says stands: other loggers, more callbacks, ``enable_progress_bar=False``, ...
     """
-    arguments = {"default_root_dir": str(run), **{k: v for k, v in trainer.items() if v is not None}}
+    arguments = {**trainer, "default_root_dir": trainer.get("default_root_dir") or str(run)}
     if trainer.get("logger") in (None, True):
         tensorboard = TensorBoardLogger(str(run), name="", version="tensorboard")
         arguments["logger"] = [CSVLogger(str(run), name="", version=""), tensorboard]
@@ -253,13 +317,10 @@ def equip(
         arguments["plugins"] = [*plugins, WholeFiles()]
     callbacks = trainer.get("callbacks") or []
     callbacks = [*callbacks] if isinstance(callbacks, list) else [callbacks]
-    if trainer.get("enable_checkpointing") is not False:
-        # two callbacks: with save_last Lightning renews the last one only when the best one is renewed
-        place: dict[str, Any] = {"dirpath": checkpoint_folder(run), "enable_version_counter": False}
-        callbacks.append(ModelCheckpoint(filename="last", **place))
-        callbacks.append(ModelCheckpoint(filename="best", monitor=monitor[0], mode=monitor[1], **place))
-        callbacks.append(StopCleanly(run))
-    if arguments["logger"]:
+    if trainer.get("enable_checkpointing") is not False and not trainer.get("fast_dev_run"):
+        folder = checkpoint_folder(run)
+        callbacks += [BestCheckpoint(folder, *monitor), LastCheckpoint(folder), StopCleanly(run)]
+    if arguments["logger"] and not any(isinstance(c, LearningRateMonitor) for c in callbacks):
         callbacks.append(LearningRateMonitor(logging_interval="step"))
     if trainer.get("enable_progress_bar") is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
         callbacks.append(Progress(title=title))

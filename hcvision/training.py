@@ -198,6 +198,8 @@ class TimmModule(pl.LightningModule):
         if isinstance(self.data, ImageData):
             self.check_place(self.data, self.trainer.world_size)
             self.data.skip_batches(self.batches_done)
+        if not self.batches_done:  # with max_steps Lightning would end the finished epoch once more
+            self.trainer.fit_loop.epoch_loop.restarting = False
         self.batches_done = 0
         if self.trainer.global_step:
             self.lr_scheduler_step(self.lr_schedulers(), None)  # type: ignore[arg-type]
@@ -305,7 +307,7 @@ class TimmModule(pl.LightningModule):
         where = f"the {what} is not finite at step {self.global_step} (epoch {self.current_epoch}, lr {rate:.3g})"
         if self.skipped > self.hparams["skip_nonfinite"]:
             kept = [c for c in self.trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
-            paths = [c.last_model_path or c.best_model_path for c in kept]
+            paths = [c.last_model_path or c.best_model_path for c in kept] + [str(self.trainer.ckpt_path)]
             last = max(filter(os.path.isfile, paths), key=os.path.getmtime, default="none yet")
             raise ValueError(f"{where}; last good checkpoint: {last}. A smaller lr or gradient clipping may help")
         warnings.warn(f"{where}; this update is left out", stacklevel=2)
@@ -428,6 +430,7 @@ class TimmModule(pl.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Raise ValueError when the checkpoint is of another architecture."""
         self.batches_done = checkpoint.get("batches_done", 0)
+        finish_epoch(checkpoint)
         self.images_per_step = checkpoint.get("images_per_step")
         self.prepare_as(checkpoint.get("data_config", {}))
         # the schedule is that of this run, which may have more epochs; the step says where in it we are
@@ -784,6 +787,15 @@ class ImageGenerator(TimmModule):
                 logger.experiment.add_image("samples", picture, self.global_step)
             elif hasattr(logger, "log_image"):
                 logger.log_image("samples", [picture], step=self.global_step)
+
+
+def finish_epoch(checkpoint: dict[str, Any]) -> None:
+    """Have a checkpoint of the end of an epoch go on with the next one, wherever in the end it was saved."""
+    loops = checkpoint.get("loops", {}).get("fit_loop", {})
+    if loops and loops["epoch_loop.batch_progress"]["is_last_batch"]:
+        for counts in loops["epoch_progress"].values():
+            if counts["started"] == counts["ready"]:
+                counts["processed"] = counts["completed"] = counts["ready"]
 
 
 def is_remote(source: str) -> bool:

@@ -4,6 +4,7 @@ import math
 import os
 import pickle
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -1013,6 +1014,75 @@ def test_a_run_of_steps_that_ended_in_the_middle_of_an_epoch_goes_on_there(build
         return seen.images
 
     assert run(5) + run(22, tmp_path / "a.ckpt") == run(22)
+
+
+WAYS = {  # options of the trainer, the updates after which last.ckpt is written (an epoch has 4), whether best.ckpt is
+    "every second of three epochs": ({"max_epochs": 3, "check_val_every_n_epoch": 2}, [4, 8, 12], True),
+    "too seldom": ({"max_epochs": 2, "check_val_every_n_epoch": 5}, [4, 8], False),
+    "never": ({"max_epochs": 2, "limit_val_batches": 0}, [4, 8], False),
+    "every three batches": ({"max_epochs": 2, "val_check_interval": 3}, [3, 4, 7, 8], True),
+    "across epochs": ({"max_epochs": 2, "val_check_interval": 3, "check_val_every_n_epoch": None}, [3, 4, 6, 8], True),
+    "every half": ({"max_epochs": 2, "val_check_interval": 0.5}, [2, 4, 6, 8], True),
+    "within an update": ({"max_epochs": 2, "val_check_interval": 1, "accumulate_grad_batches": 2}, [1, 2, 3, 4], True),
+    "steps that end within an epoch": ({"max_epochs": -1, "max_steps": 6}, [4, 6], True),
+    "steps that end at a validation": ({"max_epochs": -1, "max_steps": 6, "val_check_interval": 3}, [3, 4, 6], True),
+    "a part of the batches": ({"max_epochs": 2, "limit_train_batches": 3, "val_check_interval": 2}, [2, 3, 5, 6], True),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*exists and is not empty", "ignore:.*your dataloader is not resumable")
+@pytest.mark.parametrize("way", WAYS)
+def test_last_is_always_where_training_ended_and_every_one_goes_on_exactly(
+    build, images, tiny, trainer_args, tmp_path, way
+):
+    """Weights, their average and what the validations said, from every last.ckpt that there ever was."""
+    options, steps, is_validated = WAYS[way]
+    written = []
+
+    class Keep(pl.callbacks.Checkpoint):  # after the others
+        def on_validation_end(self, trainer, *_):
+            self.look(trainer)
+
+        def on_train_epoch_end(self, trainer, *_):
+            self.look(trainer)
+
+        def look(self, trainer):
+            last = read_checkpoint(path) if path.is_file() else {}
+            if last.get("global_step") and last["global_step"] not in written:
+                written.append(last["global_step"])
+                shutil.copytree(run, tmp_path / f"after{last['global_step']}")
+
+    class Scores(pl.Callback):
+        def on_validation_end(self, trainer, *_):
+            scores[trainer.global_step] = trainer.callback_metrics["val_loss"].item()
+
+    def train(run, *callbacks, checkpoint=None):
+        model = build(lr=1e-3, warmup_steps=1, mixup=0.8, ema_decay=0.5, model_args={**tiny, "depth": 1})
+        arguments = {**trainer_args, "enable_checkpointing": True, "num_sanity_val_steps": 0, **options}
+        equipped = equip(run, {**arguments, "callbacks": [Scores()]})
+        equipped["callbacks"] += callbacks
+        data = images(train_samples=32, eval_batch_size=39)
+        pl.Trainer(**equipped).fit(model, data, ckpt_path=checkpoint, weights_only=True)
+        return read_checkpoint(run / "checkpoints" / "last.ckpt")
+
+    run, path = tmp_path / "run", tmp_path / "run" / "checkpoints" / "last.ckpt"
+    scores = {}
+    whole, all_scores = train(run, Keep()), dict(scores)
+    assert written == steps
+    assert whole["global_step"] == steps[-1]
+    assert (run / "checkpoints" / "best.ckpt").is_file() == is_validated == bool(all_scores)
+    for step in written[:-1]:
+        place, scores = tmp_path / f"after{step}", {}
+        again = train(place, checkpoint=place / "checkpoints" / "last.ckpt")
+        for key in ("state_dict", "current_model_state"):
+            assert all(torch.equal(again[key][name], whole[key][name]) for name in whole[key]), (step, key)
+        after = [{at: score for at, score in some.items() if at > step} for some in (scores, all_scores)]
+        assert after[0] == after[1]
+        assert again["global_step"] == whole["global_step"]
+        assert again["epoch"] == whole["epoch"]
+        if is_validated:
+            a, b = (read_checkpoint(folder / "checkpoints" / "best.ckpt") for folder in (place, run))
+            assert a["global_step"] == b["global_step"]
 
 
 def test_other_batches_in_the_middle_of_an_epoch_are_refused(build, images, trainer_args, tmp_path):
