@@ -1,4 +1,4 @@
-# make demo | demo-dit | demo-finetune | test | test-timm | check | data | benchmark     (VENV=/elsewhere places the environment)
+# make demo | demo-dit | demo-finetune | test | test-all | test-timm | check | data | benchmark     (VENV=/elsewhere places the environment)
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 PYTHON ?= python3
@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 TIMM_TESTS := $(VENV)/timm-tests
 export PYTHONUNBUFFERED := 1
 
-.PHONY: install demo demo-dit demo-finetune test test-timm check format data benchmark clean
+.PHONY: install demo demo-dit demo-finetune test test-all test-timm check format data benchmark clean
 
 install: $(STAMP)
 
@@ -50,8 +50,15 @@ demo-finetune: $(STAMP)
 	$(BIN)/hcvision predict runs/shoes $(SHOES)/val/Sandal --out runs/shoes/predictions.csv --overwrite true
 	$(BIN)/hcvision export runs/shoes runs/shoes/exported --onnx true --torch_export true --overwrite true
 
+# A process for each core (JOBS=4: four of them), which goes on with another's tests when its own are done.
+JOBS ?= logical
+SHARED := -n $(JOBS) --dist worksteal
+
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(SHARED) --durations 15 -m 'not slow'
+
+test-all: $(STAMP)
+	$(BIN)/python -m pytest $(SHARED) --durations 15
 
 NAMES := vit_tiny_patch16_224_shc4 vit_tiny_patch16_224_dhc2 vit_tiny_patch16_224_sfc2 vit_tiny_patch16_224_dfc4 \
   deit_tiny_distilled_patch16_224_dhc2 eva02_tiny_patch14_224_dhc2 beit_base_patch16_224_dfc2 \

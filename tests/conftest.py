@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # there is a process for each core; torch reads it when it is imported
 import torch
 from PIL import Image
 
@@ -14,7 +16,6 @@ import pytorch_lightning as pl
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["JSONARGPARSE_DEPRECATION_WARNINGS"] = "off"  # Lightning calls what jsonargparse deprecates
-torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
 
 
 def draw(label: int, number: int) -> Image.Image:

@@ -1,18 +1,19 @@
-"""The command line as its user meets it, most of it in processes of its own."""
+"""The command line as its user meets it."""
 
 import csv
+import functools
 import json
 import os
 import re
+import resource
 import shlex
 import shutil
 import signal
 import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
+import processes
 import pytest
 import timm
 import torch
@@ -35,20 +36,8 @@ TRAINER = ("--trainer.accelerator=cpu", "--trainer.max_epochs=2", "--trainer.ena
 
 @pytest.fixture
 def hcv(tmp_path):
-    """Runs train.py in an empty folder with no network."""
-
-    def run(*arguments, check=True):
-        done = subprocess.run(
-            [sys.executable, str(ROOT / "train.py"), *map(str, arguments)],
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
-        )
-        assert not check or done.returncode == 0, done.stderr[-3000:]
-        return done
-
-    return run
+    """Runs a command in a process of its own and in an empty folder."""
+    return functools.partial(processes.run, folder=tmp_path)
 
 
 def fit(root, run, *more):
@@ -138,10 +127,10 @@ CLASSES = ("left-out", "müller straße", "zebra")
 
 def test_two_processes_give_what_one_gives(hcv, image_folder, tmp_path):
     """DDP over gloo: same images per update, same weights, each validation image once (39 is odd)."""
-    for processes in (1, 2):
+    for number in (1, 2):
         hcv(
-            *fit(image_folder, tmp_path / f"run{processes}"),
-            f"--trainer.devices={processes}", "--trainer.strategy=ddp", f"--data.batch_size={8 // processes}",
+            *fit(image_folder, tmp_path / f"run{number}"),
+            f"--trainer.devices={number}", "--trainer.strategy=ddp", f"--data.batch_size={8 // number}",
         )  # fmt: skip
     one, two = metrics(tmp_path / "run1"), metrics(tmp_path / "run2")
     for a, b in zip(one, two, strict=True):
@@ -212,15 +201,12 @@ def test_a_checkpoint_of_another_architecture(hcv, image_folder, tmp_path):
 def test_ctrl_c_leaves_a_checkpoint_and_says_how_to_go_on(image_folder, tmp_path):
     """The terminal sends it to all processes: also to those that load images."""
     arguments = fit(image_folder, tmp_path / "run", "--trainer.max_epochs=2000", "--data.num_workers=1")
-    command = [sys.executable, str(ROOT / "train.py"), *arguments]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    process = subprocess.Popen(command, cwd=tmp_path, start_new_session=True, **pipes)
-    deadline = time.monotonic() + 120
-    while not (tmp_path / "run" / "checkpoints" / "last.ckpt").is_file() and time.monotonic() < deadline:
-        time.sleep(0.05)
+    process = processes.start(*arguments, folder=tmp_path)
+    process.wait_for((tmp_path / "run" / "checkpoints" / "last.ckpt").is_file)
     os.killpg(process.pid, signal.SIGINT)
-    _, shown = process.communicate(timeout=60)
-    assert process.returncode == 130, shown[-3000:]
+    done = process.wait()
+    shown = done.stderr
+    assert done.returncode == 130, shown[-3000:]
     assert shown.count("stopping after this step or validation; once more stops at once") == 1
     assert "Traceback" not in shown
     (line,) = [line for line in shown.splitlines() if line.startswith("stopped after step")]
@@ -277,16 +263,20 @@ def test_what_init_from_had_nothing_for_is_said(image_folder, tmp_path, capsys):
     assert yaml.safe_load(before)["model"]["init_from"] == str(tmp_path / "a")
 
 
+def run_limited(size, *arguments):
+    """A command that can write no file larger than that."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    main(list(arguments))
+
+
 def test_a_full_disk_keeps_the_last_checkpoint(image_folder, tmp_path):
     """No file may grow beyond a size between that of a checkpoint and of a larger one, as on a disk that is full."""
     run = tmp_path / "run"
     main([*fit(image_folder, run), "--trainer.max_epochs=1"])
     last = run / "checkpoints" / "last.ckpt"
     before = last.read_bytes()
-    limit = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({len(before) // 2},) * 2)"
-    limit += "; import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)"
-    code = f"{limit}; from hcvision_command import main; main({[*fit(image_folder, run), '--resume=true']!r})"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = processes.Started(run_limited, len(before) // 2, *fit(image_folder, run, "--resume=true")).wait()
     assert done.returncode == 2, done.stderr[-3000:]
     assert f"cannot write into {run}: File too large; the last good checkpoint is {last}" in done.stderr
     assert "Traceback" not in done.stderr
@@ -309,8 +299,7 @@ def test_a_small_disk(image_folder, tmp_path):
         before = last.read_bytes()
         free = shutil.disk_usage(run).free
         (run / "ballast").write_bytes(bytes(max(free - len(before) // 2, 0)))
-        command = [sys.executable, str(ROOT / "train.py"), *fit(image_folder, run / "run", "--resume=true")]
-        done = subprocess.run(command, capture_output=True, text=True)
+        done = processes.run(*fit(image_folder, run / "run", "--resume=true"), check=False)
         assert done.returncode == 2, done.stderr[-3000:]
         assert f"No space left on device; the last good checkpoint is {last}" in done.stderr
         assert last.read_bytes() == before
@@ -353,14 +342,7 @@ def dit_run(image_folder, tmp_path_factory):
     """A trained diffusion model, in a run's folder."""
     run = tmp_path_factory.mktemp("dit") / "run"
     arguments = ("fit", f"--data.root={image_folder}", f"--run={run}", *DIT, *DATA, *TRAINER[::2])
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "train.py"), *arguments],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert f"the run is in {run}" in done.stdout
+    assert f"the run is in {run}" in processes.run(*arguments).stdout
     return run
 
 
@@ -399,14 +381,10 @@ def test_sampling_that_was_killed_goes_on(dit_run, tmp_path, monkeypatch, capsys
     """kill -9 after the first parts; the second run keeps them, and the whole is what one run draws."""
     monkeypatch.chdir(tmp_path)
     draw = ["sample", str(dit_run), "--number=40", "--steps=60", "--batch_size=4", "--accelerator=cpu", "--devices=1"]
-    command = [sys.executable, str(ROOT / "train.py"), *draw, "--out=killed"]
-    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = processes.start(*draw, "--out=killed", folder=tmp_path)
     parts = tmp_path / "killed" / "parts"
-    deadline = time.monotonic() + 120
-    while len(list(parts.glob("*.npy"))) < 2 and time.monotonic() < deadline:
-        time.sleep(0.01)
+    process.wait_for(lambda: len(list(parts.glob("*.npy"))) >= 2)
     process.kill()
-    process.wait()
     before = {path: path.stat().st_mtime_ns for path in parts.glob("*.npy")}
     assert 2 <= len(before) < 10, "it was not killed in time"
     main([*draw, "--out=killed"])
@@ -419,18 +397,18 @@ def test_sampling_that_was_killed_goes_on(dit_run, tmp_path, monkeypatch, capsys
     assert (a.int() - b.int()).abs().max() <= 1  # another batch size rounds in other places
 
 
-def test_two_processes_draw_what_one_draws(hcv, dit_run, tmp_path, monkeypatch):
+def test_two_processes_draw_what_one_draws(dit_run, tmp_path, monkeypatch):
     """Also where there is less to draw than there are processes."""
     monkeypatch.chdir(tmp_path)
     draw = ["sample", str(dit_run), "--steps=3", "--batch_size=2", "--accelerator=cpu", "--npz=true"]
     main([*draw, "--number=10", "--devices=1", "--out=by1"])
     for number in (9, 10):
-        hcv(*draw, f"--number={number}", "--devices=2", "--strategy=ddp", "--out=by2")
+        processes.run_twice(*draw, f"--number={number}", "--devices=2", "--strategy=ddp", "--out=by2", folder=tmp_path)
     one, two = (np.load(tmp_path / f"by{n}" / "samples.npz")["arr_0"] for n in (1, 2))
     assert np.array_equal(one, two)
 
 
-def test_two_processes_compare(hcv, image_folder, tmp_path):
+def test_two_processes_compare(image_folder, tmp_path):
     """The first one trains the classifier, scores and writes; the others wait."""
     study = {
         "task": "generate", "out": "study", "variants": ["residual"], "seeds": [0], "samples": 6, "sample_batch": 4,
@@ -445,7 +423,7 @@ def test_two_processes_compare(hcv, image_folder, tmp_path):
         },
     }  # fmt: skip
     (tmp_path / "study.yaml").write_text(yaml.safe_dump(study))
-    done = hcv("compare", "--config=study.yaml")
+    done = processes.run_twice("compare", "--config=study.yaml", folder=tmp_path)
     assert done.stdout.count("report: study/report.md") == 1
     (row,) = csv.DictReader((tmp_path / "study" / "results.csv").read_text().splitlines())
     assert row["images"] == "64"

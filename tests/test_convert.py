@@ -794,7 +794,7 @@ def test_convert_twice_features_only():
         ("::2", {0, 2}),
         ([0, -1], {0, 2}),
         ([1], {1}),
-        (lambda i, block: i != 1 and isinstance(block, torch.nn.Module), {0, 2}),
+        pytest.param(lambda i, block: i != 1 and isinstance(block, torch.nn.Module), {0, 2}, id="function"),
     ],
     ids=str,
 )

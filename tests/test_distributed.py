@@ -1,17 +1,14 @@
 """Several processes on one machine, over gloo: runs that go on with another number of them, and sharded weights."""
 
 import csv
-import os
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
+import processes
 import pytest
 import torch
 from conftest import TINY, randomize
 from timm.optim import create_optimizer_v2
-from torch import distributed, multiprocessing, nn
+from torch import distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
@@ -20,7 +17,6 @@ from hcvision.sharding import shard
 from hcvision.training import choose_backend
 from hcvision_command import main
 
-ROOT = Path(__file__).parent.parent
 STRATEGIES = {
     "one": (),
     "ddp": ("--trainer.strategy=ddp",),
@@ -34,21 +30,17 @@ STRATEGIES = {
 
 def fit(run, strategy, epochs, *more):
     """Train with the same images per update, in this process or in two of their own."""
-    processes = 1 if strategy == "one" else 2
+    number = 1 if strategy == "one" else 2
     arguments = [
-        "fit", f"--run={run}", "--resume=auto", f"--data.batch_size={8 // processes}", "--data.num_workers=0",
+        "fit", f"--run={run}", "--resume=auto", f"--data.batch_size={8 // number}", "--data.num_workers=0",
         "--model.model=vit_tiny_patch16_224", "--model.connection=dhc2", f"--model.model_args={TINY}",
-        "--model.sched=constant", "--trainer.accelerator=cpu", f"--trainer.devices={processes}",
+        "--model.sched=constant", "--trainer.accelerator=cpu", f"--trainer.devices={number}",
         f"--trainer.max_epochs={epochs}", "--trainer.enable_progress_bar=false", *more,
     ]  # fmt: skip
-    if processes == 1:
+    if number == 1:
         main(arguments)
         return
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "train.py"), *arguments, *STRATEGIES[strategy]],
-        capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+    processes.run_twice(*arguments, *STRATEGIES[strategy])
 
 
 def losses(run):
@@ -120,7 +112,6 @@ def whole_tensor(tensor):
 
 
 def train_sharded(rank, connection, folder):
-    torch.set_num_threads(1)
     distributed.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=2)
     model, mesh = build(connection), init_device_mesh("cpu", (2,))
     for module in (*model.blocks, model):
@@ -133,15 +124,7 @@ def train_sharded(rank, connection, folder):
 @pytest.mark.parametrize("connection", ["dhc2", "dfc2", "shc2", "mhc2", "ihc2", "ghc2x3"])
 def test_sharded_weights_learn_what_whole_ones_learn(connection, tmp_path):
     """FSDP2: a block's weights are there in whole only while it is computed, our own backward passes included."""
-    context = multiprocessing.get_context("fork")
-    processes = [
-        context.Process(target=train_sharded, args=(rank, connection, tmp_path), daemon=True) for rank in range(2)
-    ]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(120)
-        assert process.exitcode == 0
+    processes.wait_for_all(processes.Started(train_sharded, rank, connection, tmp_path) for rank in range(2))
     history, weights = train(build(connection))
     parts = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
     for step, (loss, norm) in enumerate(history):
@@ -170,7 +153,6 @@ def gradients(model, net, rank=0, world=1):
 
 
 def learn_with_kernels(rank, connection, strategy, folder):
-    torch.set_num_threads(1)
     distributed.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=2)
     model = net = build_small(connection, "auto" if connection.startswith("ghc") else "triton")
     if strategy == "ddp":
@@ -189,16 +171,9 @@ def learn_with_kernels(rank, connection, strategy, folder):
 )
 def test_kernels_in_two_processes(connection, strategy, tmp_path):
     """The kernels, in Triton's interpreter, under DDP and FSDP2: the gradients of one process without them."""
-    context = multiprocessing.get_context("fork")
-    processes = [
-        context.Process(target=learn_with_kernels, args=(rank, connection, strategy, tmp_path), daemon=True)
-        for rank in range(2)
-    ]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(240)
-        assert process.exitcode == 0
+    processes.wait_for_all(
+        processes.Started(learn_with_kernels, rank, connection, strategy, tmp_path) for rank in range(2)
+    )
     model = build_small(connection, "torch")
     expected = gradients(model, model)
     for rank in range(2):
