@@ -16,7 +16,7 @@ from typing import Any, Literal, NoReturn
 import pytorch_lightning as pl
 import timm
 import yaml
-from jsonargparse import ActionConfigFile, ArgumentParser
+from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 from pytorch_lightning.callbacks import LambdaCallback
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
@@ -33,6 +33,7 @@ from hcvision.prediction import load_module, predict
 from hcvision.report import report
 from hcvision.runs import (
     Stopped,
+    best_checkpoint,
     checkpoint_folder,
     equip,
     is_first_process,
@@ -67,7 +68,13 @@ WHOLE_IMAGES = {"data.scale": (1.0, 1.0), "data.ratio": (1.0, 1.0), "data.crop_p
 
 
 class OneLineErrors:
-    """In front of a parser class: a wrong option ends in one line, with the nearest option, and exit code 2."""
+    """In front of a parser class: a wrong option ends in one line, with the nearest option, and exit code 2.
+
+    A path may begin with ~, wherever in a configuration or on the command line it is.
+    """
+
+    def parse_args(self, *args: Any, **kwargs: Any) -> Any:
+        return expand_all(super().parse_args(*args, **kwargs))  # type: ignore[misc]
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         lines = [line for line in str(message).splitlines() if line.strip()]
@@ -77,6 +84,39 @@ class OneLineErrors:
             near = difflib.get_close_matches(unknown[1], known, n=2)
             lines += [f"did you mean {' or '.join(near)}?"] if near else []
         fail("; ".join(line.strip() for line in lines).replace(":; ", ": "))
+
+
+def expand_home(text: str) -> str:
+    """A path with the home folder in place of ~ or ~NAME at its beginning; any other text as it is.
+
+    Raises:
+        ValueError: there is no such home folder.
+    """
+    if text != "~" and not re.match(r"~[\w.-]*/", text):
+        return text
+    if (path := os.path.expanduser(text)) == text:
+        raise ValueError(f"there is no home folder for {text}; a path without ~ would work")
+    return path
+
+
+def expand_all(value: Any) -> Any:
+    """Options, or a part of them, with ``expand_home`` of every text but a separator of labels."""
+    if isinstance(value, Namespace):
+        for name, part in vars(value).items():
+            setattr(value, name, part if name == "label_separator" else expand_all(part))
+    elif isinstance(value, dict):
+        return {name: expand_all(part) for name, part in value.items()}
+    elif isinstance(value, (list, tuple)):
+        return type(value)(map(expand_all, value))
+    elif isinstance(value, str):
+        return expand_home(value)
+    return value
+
+
+def expand_argument(argument: str) -> str:
+    """A word of the command line with ``expand_home`` of a path behind its = sign, which no shell looks at."""
+    option, equals, path = argument.rpartition("=") if argument.startswith("-") else ("", "", argument)
+    return f"{option}{equals}{expand_home(path) if '/' in path else path}"
 
 
 def walk_actions(parser: Any) -> Iterator[argparse.Action]:
@@ -128,8 +168,10 @@ class CommandLine(LightningCLI):
         name = "_".join(filter(None, [str(model["model"]).replace(":", "_").replace("/", "_"), model["connection"]]))
         self.run_folder = Path(config["run"] or f"runs/{name}-{str(data['dataset']).replace('/', '_')}")
         self.checkpoint = config["ckpt_path"]
+        self.is_trial = bool(config["trainer"]["fast_dev_run"])  # of which nothing is kept
         if self.checkpoint in ("best", "last"):
-            self.checkpoint = checkpoint_folder(self.run_folder) / f"{self.checkpoint}.ckpt"
+            found = best_checkpoint(self.run_folder) if self.checkpoint == "best" else None
+            self.checkpoint = found or checkpoint_folder(self.run_folder) / f"{self.checkpoint}.ckpt"
         if config["resume"] == "auto":
             config["resume"] = last_checkpoint(self.run_folder) is not None
         self.resuming, config["resume"] = config["resume"] and self.subcommand == "fit", False
@@ -137,7 +179,7 @@ class CommandLine(LightningCLI):
             raise ValueError("give --resume or --ckpt_path, got both")
         if self.resuming or (self.subcommand != "fit" and self.checkpoint is None):
             self.checkpoint = self.find_checkpoint()
-        elif self.subcommand == "fit" and is_first_process():
+        elif self.subcommand == "fit" and is_first_process() and not self.is_trial:
             check_room(self.run_folder)
         if self.checkpoint is not None and not Path(self.checkpoint).is_file():
             raise FileNotFoundError(f"there is no checkpoint {self.checkpoint}")
@@ -181,12 +223,14 @@ class CommandLine(LightningCLI):
         self.model.check_data(self.datamodule)
         self.datamodule.check_batch_size(self.trainer.world_size)
         if self.checkpoint is not None:
+            self.model.class_names = self.datamodule.class_names
             self.model.on_load_checkpoint(read_checkpoint(self.checkpoint))
             self.model.check_place(self.datamodule, self.trainer.world_size)
         if self.resuming:
             print(f"resuming {self.run_folder} from {self.checkpoint}")
         if is_first_process():
-            keep_metrics(self.run_folder) if self.resuming else make_room(self.run_folder)
+            if not self.is_trial:
+                keep_metrics(self.run_folder) if self.resuming else make_room(self.run_folder)
             if self.model.untouched is not None and self.checkpoint is None:
                 print(f"weights of {self.model.hparams['init_from']}; {say_untouched(self.model.untouched)}")
 
@@ -226,10 +270,13 @@ class CommandLine(LightningCLI):
         return f"not enough memory on {where} for batches of {size}; any of these needs less: {', '.join(ways)}"
 
     def after_fit(self) -> None:
+        if not is_first_process():
+            return
         metrics = self.trainer.callback_metrics
-        if is_first_process() and "val_loss" in metrics:
-            top1 = f"top-1 {100 * metrics['val_top1'].item():.2f} %, " if "val_top1" in metrics else ""
-            print(f"val {top1}loss {metrics['val_loss'].item():.4f}; the run is in {self.run_folder}")
+        top1 = f"top-1 {100 * metrics['val_top1'].item():.2f} %, " if "val_top1" in metrics else ""
+        scores = f"val {top1}loss {metrics['val_loss'].item():.4f}; " if "val_loss" in metrics else ""
+        kept = "nothing of it is kept (fast_dev_run)" if self.is_trial else f"the run is in {self.run_folder}"
+        print(f"{scores}{kept}")
 
 
 def say_untouched(names: list[str]) -> str:
@@ -568,6 +615,7 @@ def run(arguments: list[str]) -> None:
     keep_freed_memory()
     command = COMMANDS[arguments[0]]
     try:
+        arguments = list(map(expand_argument, arguments))
         status = command(arguments if command is run_lightning else arguments[1:])
     except Stopped as stop:
         if is_first_process():

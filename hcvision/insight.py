@@ -30,7 +30,7 @@ from hcvision.evaluation import plain
 from hcvision.families import ConnectedBlock
 from hcvision.prediction import find_checkpoint, load_module, run_config, run_data
 from hcvision.runs import checkpoint_folder, is_first_process, pick_device, write_csv
-from hcvision.training import TimmModule
+from hcvision.training import TimmModule, compare_classes
 
 STEPS = ("width_connection", "depth_connection", "join")
 QUANTILES = (0.05, 0.5, 0.95)
@@ -503,7 +503,7 @@ def default_folder(checkpoint: Path) -> Path:
 
 def open_run(checkpoint: str, weights: str, data: dict[str, Any] | None) -> tuple[TimmModule, ImageData]:
     """The module of a checkpoint, and its data."""
-    module, _ = load_module(find_checkpoint(checkpoint), weights)
+    module, content = load_module(find_checkpoint(checkpoint), weights)
     try:
         if data and ("dataset" in data or run_config(checkpoint) is None):
             source = ImageData(**{"num_workers": 0, **data})
@@ -511,6 +511,9 @@ def open_run(checkpoint: str, weights: str, data: dict[str, Any] | None) -> tupl
             source = run_data(checkpoint, changes=data)
     except (ValueError, TypeError) as error:
         raise ValueError(f"the data of {checkpoint} are not known: {error}; --data names some") from error
+    difference = compare_classes(content.get("class_names"), source.class_names)
+    if difference:
+        raise ValueError(f"{checkpoint} is of other classes than the data: {difference}")
     return module, source
 
 

@@ -161,7 +161,8 @@ class BestCheckpoint(ModelCheckpoint):
             self.best_model_score, self.best_model_path = state.get("best_model_score"), str(self.path)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.is_validated = trainer.state.fn == "fit" and not trainer.sanity_checking
+        kept = trainer.state.fn == "fit" and not trainer.sanity_checking and not getattr(trainer, "fast_dev_run", 0)
+        self.is_validated = kept
         if is_inside_epoch(trainer):
             self.compare(trainer)
 
@@ -317,9 +318,10 @@ def equip(
         arguments["plugins"] = [*plugins, WholeFiles()]
     callbacks = trainer.get("callbacks") or []
     callbacks = [*callbacks] if isinstance(callbacks, list) else [callbacks]
-    if trainer.get("enable_checkpointing") is not False and not trainer.get("fast_dev_run"):
+    if trainer.get("enable_checkpointing") is not False:
         folder = checkpoint_folder(run)
-        callbacks += [BestCheckpoint(folder, *monitor), LastCheckpoint(folder), StopCleanly(run)]
+        callbacks += [BestCheckpoint(folder, *monitor), LastCheckpoint(folder)]
+        callbacks += [] if trainer.get("fast_dev_run") else [StopCleanly(run)]
     if arguments["logger"] and not any(isinstance(c, LearningRateMonitor) for c in callbacks):
         callbacks.append(LearningRateMonitor(logging_interval="step"))
     if trainer.get("enable_progress_bar") is not False and not any(isinstance(c, ProgressBar) for c in callbacks):

@@ -159,6 +159,8 @@ class TimmModule(pl.LightningModule):
         self.data_config = resolve_model_data_config(self.model)
         self.data_config["input_size"] = get_model_input_config(self.model)["input_size"]
         self.untouched: list[str] | None = None  # what init_from has no weights for
+        self.initial_classes: list[str] | None = None  # of these weights' head
+        self.class_names: list[str] | None = None  # of the data
         if init_from is not None:
             self.untouched = self.load_weights(init_from)
         if grad_checkpointing:
@@ -242,6 +244,7 @@ class TimmModule(pl.LightningModule):
     def setup(self, stage: str) -> None:
         if isinstance(self.data, ImageData):
             self.check_data(self.data)
+            self.class_names = self.data.class_names
         if self.device_mesh is not None:  # here, as EMAWeightAveraging warns of classes that define it
             self.configure_model = self.shard_weights  # type: ignore[method-assign]
         if self.hparams["compile"]:
@@ -271,6 +274,10 @@ class TimmModule(pl.LightningModule):
         multi_label = self.hparams.get("multi_label", False)
         if data.multi_label != multi_label:
             raise ValueError(f"multi_label must be {data.multi_label}, as in the data, got {multi_label}")
+        difference = compare_classes(self.initial_classes, data.class_names)
+        if difference and not any(name.startswith(self.head_names) for name in self.untouched or ()):
+            source = self.hparams["init_from"]
+            warnings.warn(f"the weights of {source} are of other classes: {difference}; their head is kept")  # noqa: B028
 
     @property
     def data(self) -> Any:
@@ -393,6 +400,7 @@ class TimmModule(pl.LightningModule):
         """
         if is_remote(source):
             state, config = download_weights(source)
+            self.initial_classes = config.get("label_names")
             self.prepare_as(config)
         else:
             state = self.read_weights(find_weights(source))
@@ -413,9 +421,13 @@ class TimmModule(pl.LightningModule):
     def read_weights(self, path: Path) -> dict[str, Tensor]:
         """The weights in a file, averaged if it has such. A checkpoint of ours also says how images are prepared."""
         if path.suffix != ".safetensors":
-            self.prepare_as(read_checkpoint(path).get("data_config", {}))
+            checkpoint = read_checkpoint(path)
+            self.initial_classes = checkpoint.get("class_names")
+            self.prepare_as(checkpoint.get("data_config", {}))
         elif path.with_name("config.json").is_file():
-            self.prepare_as(load_model_config_from_path(path.parent)[0])
+            config = load_model_config_from_path(path.parent)[0]
+            self.initial_classes = config.get("label_names")
+            self.prepare_as(config)
         try:
             return averaged_weights(str(path)) or load_state_dict(str(path), use_ema=True)
         except SafetensorError as error:
@@ -442,6 +454,12 @@ class TimmModule(pl.LightningModule):
                     f"the checkpoint is of another architecture: {name} is {theirs[name]!r} there and "
                     f"{self.hparams[name]!r} here"
                 )
+        difference = compare_classes(checkpoint.get("class_names"), self.class_names)
+        if difference:
+            raise ValueError(
+                f"the checkpoint is of other classes than the data: {difference}; data of its classes would work, or a "
+                "new run from its weights (--model.init_from)"
+            )
         if "state_dict" not in checkpoint:  # ModelParallelStrategy has loaded it
             return
         difference = compare_states(self.state_dict(), checkpoint["state_dict"])
@@ -637,7 +655,6 @@ class ImageGenerator(TimmModule):
         self.on_sampling_step: Callable[[float], None] = lambda part: None
         self.val_loss, self.test_loss = MeanMetric(), MeanMetric()
         self.evaluated = 0
-        self.class_names: list[str] | None = None
 
     @property
     def head_names(self) -> tuple[str, ...]:
@@ -687,7 +704,6 @@ class ImageGenerator(TimmModule):
         super().setup(stage)
         if isinstance(self.data, ImageData):
             self.data_config = self.data.data_config()
-            self.class_names = self.data.class_names
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """The model's prediction, (B, C or 2 C, H, W), in its own precision."""
@@ -787,6 +803,14 @@ class ImageGenerator(TimmModule):
                 logger.experiment.add_image("samples", picture, self.global_step)
             elif hasattr(logger, "log_image"):
                 logger.log_image("samples", [picture], step=self.global_step)
+
+
+def compare_classes(there: list[str] | None, here: list[str] | None) -> str | None:
+    """The first difference between as many classes by name, in words, or None."""
+    pairs = enumerate(zip(there, here, strict=False)) if isinstance(there, list) and here is not None else ()
+    return next(
+        (f"class {k} is {theirs!r} there and {ours!r} here" for k, (theirs, ours) in pairs if theirs != ours), None
+    )
 
 
 def finish_epoch(checkpoint: dict[str, Any]) -> None:

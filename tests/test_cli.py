@@ -2,6 +2,7 @@
 
 import csv
 import functools
+import itertools
 import json
 import os
 import re
@@ -177,6 +178,127 @@ def test_bad_input_gets_one_line_and_leaves_nothing(image_folder, tmp_path, monk
     for arguments, message in bad_cases(image_folder, tmp_path):
         check_refused(arguments, message, capsys)
     assert not (tmp_path / "r").exists()
+
+
+def below_home(home):
+    """Command lines with a path below ~ that is not there, which all of them say."""
+    (home / "data.yaml").write_text("data: {root: ~/none}")
+    (home / "run.yaml").write_text("run: ~/photos")
+    (home / "weights.yaml").write_text("model: {init_from: ~/none}")
+    (home / "study.yaml").write_text("out: ~/study\ndata: {root: ~/none}")
+    variants = "{residual: {model: {init_from: ~/none}}}"
+    run = [*fit("~/photos", "~/run")]
+    yield ["fit", "--config=~/data.yaml", *MODEL]
+    yield ["fit", "--config=~/weights.yaml", *run[1:]]
+    yield [*run, "--ckpt_path=~/none"]
+    yield [*run, "--run=~/none", "--resume=true"]
+    yield ["validate", *run[1:], "--run=~/none"]
+    yield ["predict", "~/none", "~/photos"]
+    yield ["predict", "~/run", "~/photos", "~/none"]
+    yield ["inspect", "~/none"]
+    yield ["export", "~/none", "~/exported"]
+    yield ["report", "~/none"]
+    yield ["sample", "~/none"]
+    yield ["score", "~/none"]
+    yield ["encode", "~/none", "~/latents"]
+    study = ["compare", "--variants=[residual]", "--seeds=[0]", "--model.model=vit_tiny_patch16_224", *TRAINER]
+    yield [*study, "--config=~/study.yaml"]
+    yield [*study, "--out=~/study", "--data.root=~/photos", f"--variants={variants}"]
+
+
+def test_a_path_may_begin_with_the_home_folder(image_folder, tmp_path, monkeypatch, capsys):
+    """In every command, behind a = sign and in YAML, where no shell looks."""
+    home = tmp_path / "home"
+    home.mkdir()
+    shutil.copytree(image_folder, home / "photos")
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(tmp_path)
+    for arguments in below_home(home):
+        check_refused(arguments, str(home / "none"), capsys)
+    check_refused(["fit", *MODEL, *DATA, "--data.root=~/photos", "-c~/run.yaml"], f"{home / 'photos'} exists", capsys)
+    check_refused(fit("~/photos", "~nobody-here/run"), "there is no home folder for ~nobody-here/run", capsys)
+
+    check_refused(["benchmark", "vit_tiny_patch16_224", "--out=~/photos"], str(home / "photos"), capsys)
+
+    run = fit("~/photos", "~/run")
+    main([*run, "--trainer.max_epochs=1", "--trainer.default_root_dir=~/root", "--data.label_separator=~"])
+    assert yaml.safe_load((home / "run" / "config.yaml").read_text())["data"]["label_separator"] == "~"
+    check_refused(run, "holds a run; --resume true goes on with it", capsys)
+    main([*run, "--resume=true"])
+    assert len(metrics(home / "run")) == 2
+    main(["predict", "~/run", "~/photos/val/*/*.png", "--out=~/predictions.csv", "--device=cpu"])
+    assert len((home / "predictions.csv").read_text().splitlines()) == 40
+    assert {path.name for path in tmp_path.iterdir()} == {"home"}
+
+
+@pytest.fixture(scope="module")
+def classes_run(image_folder, tmp_path_factory):
+    """A trained classifier, and data of other classes, of the same in another order, and of the same ones."""
+    place = tmp_path_factory.mktemp("classes")
+    main([*fit(image_folder, place / "run"), "--trainer.max_epochs=1"])
+    for name, changed in {
+        "other": {"zebra": "aardvark"},
+        "order": {"zebra": "a", "left-out": "zebra"},
+        "same": {},
+    }.items():
+        shutil.copytree(image_folder, place / name)
+        for split, (old, new) in itertools.product(("train", "val"), changed.items()):
+            (place / name / split / old).rename(place / name / split / new)
+    return place
+
+
+@pytest.mark.parametrize(("data", "what"), [("other", "'aardvark'"), ("order", "'a'"), ("same", None)])
+def test_a_checkpoint_of_other_classes(classes_run, data, what, tmp_path, capsys, recwarn):
+    """As many of them; every command that brings a checkpoint and data together says so."""
+    run, root = tmp_path / "run", classes_run / data
+    shutil.copytree(classes_run / "run", run)
+    last = run / "checkpoints" / "last.ckpt"
+    told = f"classes than the data: class 0 is 'left-out' there and {what} here"
+    commands = [
+        ["validate", f"--config={run / 'config.yaml'}", f"--data.root={root}", f"--ckpt_path={last}"],
+        ["test", f"--config={run / 'config.yaml'}", f"--data.root={root}", f"--ckpt_path={last}"],
+        [*fit(root, tmp_path / "new", f"--ckpt_path={last}")],
+        [*fit(root, run, "--resume=true")],
+        ["inspect", str(last), f"--out={tmp_path / 'inspect'}", f"--data={{root: {root}}}", "--device=cpu"],
+    ]
+    before = set(tmp_path.rglob("*"))
+    for command in commands if data == "other" else commands[:1]:
+        if what:
+            check_refused(command, told, capsys)
+        else:
+            main(command)
+    assert what is None or before == set(tmp_path.rglob("*"))
+    main([*fit(root, tmp_path / "started", f"--model.init_from={last}", "--trainer.max_epochs=1")])
+    said = {str(w.message) for w in recwarn if "their head is kept" in str(w.message)}
+    expected = (
+        f"the weights of {last} are of other classes: class 0 is 'left-out' there and {what} here; their head is kept"
+    )
+    assert said == ({expected} if what else set())
+
+
+def test_a_trial_run_leaves_nothing_and_needs_no_room(image_folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    main([*fit(image_folder, "run"), "--trainer.fast_dev_run=true"])
+    shown = capsys.readouterr().out
+    assert "nothing of it is kept (fast_dev_run)" in shown
+    assert "the run is in" not in shown
+    assert not list(tmp_path.iterdir())
+    main([*fit(image_folder, "run"), "--trainer.max_epochs=1"])
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for more in ([], ["--resume=true"]):
+        main([*fit(image_folder, "run"), "--trainer.fast_dev_run=2", *more])
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+
+def test_a_run_that_is_never_validated_has_the_last_for_its_best(image_folder, tmp_path, capsys):
+    run = tmp_path / "run"
+    main([*fit(image_folder, run), "--trainer.limit_val_batches=0", "--trainer.callbacks+=ModelCheckpoint"])
+    assert f"the run is in {run}" in capsys.readouterr().out
+    assert {path.name for path in (run / "checkpoints").iterdir()} == {"last.ckpt", "epoch=1-step=18.ckpt"}
+    for which in ("best", "last"):
+        main(["validate", f"--config={run / 'config.yaml'}", f"--ckpt_path={which}", "--trainer.limit_val_batches=1.0"])
+    assert capsys.readouterr().out.count("val_top1") == 2
+    main(["predict", str(run), str(image_folder / "val" / "zebra"), f"--out={tmp_path / 'a.csv'}", "--device=cpu"])
 
 
 def test_a_run_that_failed_early_does_not_stand_in_the_way(hcv, image_folder, tmp_path):
