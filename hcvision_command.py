@@ -4,6 +4,7 @@ import ast
 import difflib
 import importlib.metadata
 import importlib.util
+import os
 import re
 import sys
 from collections.abc import Iterator
@@ -31,6 +32,7 @@ usage: hcvision COMMAND [--config FILE] [options]
 {}
 
 `hcvision COMMAND --help` lists the options; configs/ holds complete configurations."""
+WAITING = {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"}  # how a user says how threads wait
 GROUPS = {"model": ("TimmModule", "ImageClassifier", "ImageGenerator"), "data": ("ImageData",), "trainer": ("Trainer",)}
 FILES = {"model": "hcvision/training.py", "data": "hcvision/data.py", "trainer": "pytorch_lightning/trainer/trainer.py"}
 
@@ -43,11 +45,22 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"hcvision {importlib.metadata.version('hcvision')}")
     else:
         check_names(arguments)
+        let_threads_sleep()
         try:
             from hcvision.cli import run
         except KeyboardInterrupt:
             fail("interrupted", code=130)
         run(arguments)
+
+
+def let_threads_sleep() -> None:
+    """Have the threads of a computation sleep while they wait for each other, unless the user says how they wait.
+
+    By default OpenMP's threads spin at the end of every operation. Where another process wants a core, they spin
+    while the rest of the team waits for that core, and a step takes ten times as long. Read when torch is imported.
+    """
+    if not WAITING.intersection(os.environ):
+        os.environ["OMP_WAIT_POLICY"] = "passive"
 
 
 def fail(message: str, code: int = 2) -> NoReturn:

@@ -63,6 +63,7 @@ class Outcome:
     notes: list[str] = field(default_factory=list)
     pictures: dict[str, str] = field(default_factory=dict)  # file names and what they show
     environments: list[dict[str, Any]] = field(default_factory=list)  # of the cells, and how many of each
+    timed_on: str = ""  # the device, and the threads of a CPU, that costs were measured on
 
     def write(self, folder: Path) -> None:
         write_json(folder / "study.json", asdict(self))
@@ -285,7 +286,8 @@ def notes(study: Outcome) -> list[str]:
     if study.costs:
         lines.append(
             f"Step time (forward, backward and AdamW, eager, variants interleaved in one process, median) and peak "
-            f"memory of a training step are ratios to {first}."
+            f"memory of a training step are ratios to {first}"
+            + (f", measured on {study.timed_on} when no cell was training." if study.timed_on else ".")
         )
     return [line for note in [*study.notes, *lines] for line in (note, "")][:-1]
 

@@ -74,9 +74,15 @@ class Progress(TQDMProgressBar):
             metrics["img/s"] = round(self.images / (elapsed - max(self.paused, 0.0)))
             total = trainer.estimated_stepping_batches
             if total != float("inf"):
-                left = int(elapsed / done * (total - trainer.global_step))
-                metrics["left"] = f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02}"
+                left = elapsed / done * (total - trainer.global_step)
+                metrics["left"] = show_seconds(left)
         return metrics
+
+
+def show_seconds(seconds: float) -> str:
+    """A time as hours, minutes and seconds: 0:01:40."""
+    whole = int(seconds)
+    return f"{whole // 3600}:{whole // 60 % 60:02}:{whole % 60:02}"
 
 
 def checkpoint_folder(run: Path) -> Path:
@@ -300,9 +306,7 @@ def keep_metrics(run: Path) -> None:
         (run / "metrics.csv").rename(run / f"metrics.{len(metrics_files(run))}.csv")
 
 
-def equip(
-    run: Path, trainer: dict[str, Any], title: str = "", monitor: tuple[str, str] = ("val_top1", "max")
-) -> dict[str, Any]:
+def equip(run: Path, trainer: dict[str, Any], monitor: tuple[str, str] = ("val_top1", "max")) -> dict[str, Any]:
     """Arguments of a Trainer with what every run has: loggers and checkpoints in one folder, a progress bar.
 
     ``monitor`` is the metric that chooses the best checkpoint, and whether it is to be max or min. What
@@ -325,7 +329,7 @@ def equip(
     if arguments["logger"] and not any(isinstance(c, LearningRateMonitor) for c in callbacks):
         callbacks.append(LearningRateMonitor(logging_interval="step"))
     if trainer.get("enable_progress_bar") is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
-        callbacks.append(Progress(title=title))
+        callbacks.append(Progress())
     return {**arguments, "callbacks": callbacks}
 
 

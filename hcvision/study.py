@@ -10,6 +10,7 @@ import ctypes
 import inspect
 import json
 import multiprocessing
+import os
 import platform
 import re
 import signal
@@ -22,7 +23,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import matplotlib
 import pytorch_lightning as pl
@@ -35,7 +36,8 @@ from torch import Tensor
 
 from hcvision.benchmark import measure, name_device, ratios, training_step
 from hcvision.connections import parse_connection
-from hcvision.data import TIMM_PREFIXES, ImageData
+from hcvision.data import TIMM_PREFIXES, ImageData, count_cores
+from hcvision.display import DONE, FIELDS, CellProgress, Display, empty_board
 from hcvision.latents import decode, load_vae
 from hcvision.report import (
     TOP1,
@@ -99,7 +101,8 @@ class Study:
         data: arguments of ``ImageData``, without seed.
         trainer: arguments of Lightning's Trainer.
         timing_rounds: rounds of the interleaved step-time measurement; 0 leaves it out.
-        jobs: processes that train at the same time, on the same device.
+        jobs: cells that train at the same time, each in a process of its own on the same device; ``auto`` is as many
+            as there are CPU cores for cells that train on a CPU, and one on a GPU.
 
     Raises:
         ValueError: an unknown variant, a change of something that is not there, a variant or seed named twice, or a
@@ -123,7 +126,7 @@ class Study:
         trainer: dict[str, Any],
         title: str = "Connections compared",
         timing_rounds: int = 15,
-        jobs: int = 1,
+        jobs: int | Literal["auto"] = "auto",
     ):
         for what, values in (("variants", [*variants]), ("seeds", seeds)):
             if not values or len(set(values)) < len(values):
@@ -132,17 +135,33 @@ class Study:
             raise ValueError("a study reports top-1, which images with several labels (multi_label) do not have")
         changes = variants if isinstance(variants, dict) else dict.fromkeys(variants)
         self.changes = {name: self.check_variant(name, change or {}) for name, change in changes.items()}
+        several = None  # devices, where a cell has more than one
         for change in ({}, *self.changes.values()):
             count = merge(trainer, change.get("trainer")).get("devices", 1)
-            if jobs < 1 or (jobs > 1 and count not in (1, "1")):
-                raise ValueError(
-                    f"jobs must be at least 1, and 1 where a run has several devices, got {jobs} with devices={count}"
-                )
+            several = several or (None if count in (1, "1") else count)
+        if jobs != "auto" and (jobs < 1 or (jobs > 1 and several)):
+            raise ValueError(
+                f"jobs must be at least 1, and 1 where a run has several devices, got {jobs} with "
+                f"devices={several or 1}"
+            )
         self.out, self.title, self.variants, self.seeds = Path(out), title, [*changes], seeds
-        self.model, self.data = model, data
-        self.trainer = {**trainer, "devices": 1} if jobs > 1 else trainer
-        self.timing_rounds, self.jobs = timing_rounds, jobs
+        self.model, self.data, self.trainer = model, data, trainer
+        if jobs == "auto":
+            together = several or trainer.get("num_nodes", 1) != 1 or int(os.environ.get("WORLD_SIZE", 1)) > 1
+            jobs = 1 if together or self.device != "cpu" else count_cores()
+        self.jobs = min(jobs, len(self.cells))
+        if self.jobs > 1:
+            self.trainer = {**trainer, "devices": 1}
+        self.timing_rounds = timing_rounds
+        # one thread a cell where there are enough cells
+        self.threads = max(torch.get_num_threads() // self.jobs, 1)
+        self.board: Any = empty_board(len(self.cells))  # how far the cells are: see Display
+        self.lines: Any = None  # what they say, where it is shown
         self.more_settings: dict[str, Any] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What another process needs; what it shares with this one is handed over when it starts."""
+        return {name: value for name, value in vars(self).items() if name not in ("board", "lines")}
 
     def check_variant(self, name: str, changes: Changes) -> Changes:
         if not re.fullmatch(r"\w[\w.+-]*", name) or name in RESERVED:
@@ -202,6 +221,12 @@ class Study:
         """Where steps are timed and samples are scored."""
         return "cpu" if self.trainer.get("accelerator") == "cpu" else pick_device()
 
+    @property
+    def timed_on(self) -> str:
+        """The device and the threads that steps are timed on: those that a cell has."""
+        with limit_threads(self.threads):
+            return name_device(self.device)
+
     def build_model(self, variant: str, num_classes: int, seed: int) -> Any:
         return self.module(
             connection=self.connection(variant), num_classes=num_classes, **self.model_arguments(variant)
@@ -214,8 +239,8 @@ class Study:
         if is_first_process() and missing:
             with self.alone():
                 self.prepare()
-        with self.helpers(min(self.jobs, len(missing))):
-            self.run_cells(say)
+        with self.display(say, missing) as say_beside, self.helpers(min(self.jobs, len(missing))):
+            self.run_cells(say_beside)
         if is_first_process():
             with self.alone():
                 self.write(self.costs(say))
@@ -227,28 +252,53 @@ class Study:
         return FileLock(self.out / "lock")
 
     @contextlib.contextmanager
+    def display(self, say: Callable[[str], None], missing: list[Cell]) -> Iterator[Callable[[str], None]]:
+        """Show how far the cells are, if progress bars are wanted. Gives what says a line beside the bars."""
+        context = multiprocessing.get_context("spawn")
+        self.board, self.lines = context.Array("d", empty_board(len(self.cells)), lock=False), None
+        if not (self.shows_progress and missing and is_first_process()):
+            yield say
+            return
+        self.lines = context.SimpleQueue()
+        for number, cell in enumerate(self.cells):
+            if cell not in missing:
+                self.board[number * FIELDS] = DONE
+        titles = [f"{variant} seed {seed}" for variant, seed in self.cells]
+        count = f"{len(missing)} cell{'s' * (len(missing) > 1)}"
+        several = f", {min(self.jobs, len(missing))} at a time" if min(self.jobs, len(missing)) > 1 else ""
+        on = f" with {self.threads} thread{'s' * (self.threads > 1)} each" if self.device == "cpu" else ""
+        say(f"training {count}{several}{on}; how long it takes is shown after the first steps")
+        curve = self.curves[0]
+
+        def show_score(value: float) -> str:
+            return f"{curve.name} {curve.factor * value:.4g}"
+
+        with Display(titles, self.board, self.jobs, self.lines, say, show_score):
+            yield self.lines.put
+
+    @property
+    def shows_progress(self) -> bool:
+        return self.trainer.get("enable_progress_bar") is not False
+
+    @contextlib.contextmanager
     def helpers(self, jobs: int) -> Iterator[None]:
         """All but one of so many processes that run cells; they end with what is done meanwhile."""
-        if jobs < 2:
-            yield
-            return
-        threads = torch.get_num_threads()
-        share = max(threads // jobs, 1)
         context = multiprocessing.get_context("spawn")
-        processes = [context.Process(target=help_along, args=(self, share)) for _ in range(jobs - 1)]
+        arguments = (self, self.threads, self.board, self.lines)
+        processes = [context.Process(target=help_along, args=arguments) for _ in range(jobs - 1)]
         before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
-            signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; this one stops the others
-            for process in processes:
-                process.start()
-            signal.signal(signal.SIGINT, before[signal.SIGINT])
-            signal.signal(signal.SIGTERM, stop)
-            torch.set_num_threads(share)
-            yield
+            if processes:
+                signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; this one stops the others
+                for process in processes:
+                    process.start()
+                signal.signal(signal.SIGINT, before[signal.SIGINT])
+                signal.signal(signal.SIGTERM, stop)
+            with limit_threads(self.threads):
+                yield
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-            torch.set_num_threads(threads)
             for process in [one for one in processes if one.pid is not None]:
                 process.terminate()  # where it is still at work, it keeps a checkpoint and stops
                 process.join()
@@ -256,6 +306,8 @@ class Study:
     def run_cells(self, say: Callable[[str], None] = print) -> None:
         """Run the cells that are missing and that no other process has, until all are done."""
         waiting, number = self.cells, {cell: place for place, cell in enumerate(self.cells, 1)}
+        first = multiprocessing.parent_process() is None  # the one that says what was done before
+        before = [cell for cell in waiting if first and self.read_result(*cell) is not None]
         while waiting:
             busy = []
             for cell in waiting:
@@ -270,10 +322,11 @@ class Study:
                         if done is None:
                             say(f"{place} {variant}, seed {seed}")
                             done = self.run_cell(variant, seed)
-                            if self.jobs > 1:
-                                say(f"{place} {variant}, seed {seed}: {self.show(done)}, {done['seconds']:.0f} s")
+                            self.board[(number[cell] - 1) * FIELDS] = DONE
+                            say(f"{place} {variant}, seed {seed}: {self.show(done)}, {done['seconds']:.0f} s")
                             continue
-                if self.jobs == 1:
+                self.board[(number[cell] - 1) * FIELDS] = DONE
+                if self.jobs == 1 or cell in before:
                     say(f"{place} {variant}, seed {seed}: done before, {self.show(done)}")
             if len(busy) == len(waiting):
                 time.sleep(1)
@@ -338,10 +391,10 @@ class Study:
             write_yaml(folder / "config.yaml", self.run_config(variant, seed))
             keep_metrics(folder)
         quiet: dict[str, Any] = {"enable_model_summary": False, "num_sanity_val_steps": 0}
-        if self.jobs > 1:
-            quiet["enable_progress_bar"] = False
-        arguments = {**quiet, **self.trainer_arguments(variant)}
-        trainer = pl.Trainer(**equip(folder, arguments, f"{variant} seed {seed}", model.monitor))
+        arguments = {**quiet, **self.trainer_arguments(variant), "enable_progress_bar": False}  # the study shows it
+        equipped = equip(folder, arguments, model.monitor)
+        equipped["callbacks"].append(CellProgress(self.board, self.cells.index((variant, seed)), self.curves[0].name))
+        trainer = pl.Trainer(**equipped)
         checkpoint = last_checkpoint(folder)
         start = self.score_start(folder / "start.json", variant, model, data)
         trainer.fit(model, data, ckpt_path=checkpoint, weights_only=True)
@@ -412,10 +465,10 @@ class Study:
         path = self.out / "costs.json"
         device = self.device
         settings = {variant: self.settings(variant) for variant in self.variants}
-        key = {"rounds": self.timing_rounds, "device": device, "settings": settings}
+        key = {"rounds": self.timing_rounds, "device": self.timed_on, "settings": settings}
         if path.is_file() and (known := json.loads(path.read_text()))["key"] == key:
             return known["costs"]
-        say("measuring step time and memory")
+        say(f"measuring step time and memory on {self.timed_on}")
         data = ImageData(**self.data)
 
         def build(variant: str) -> Callable[[], None]:
@@ -426,7 +479,8 @@ class Study:
             precision = str(self.trainer_arguments(variant).get("precision", "32"))
             return training_step(module, (images, targets), precision)
 
-        times, peaks = measure(self.variants, build, self.timing_rounds, device)
+        with limit_threads(self.threads):
+            times, peaks = measure(self.variants, build, self.timing_rounds, device)
         first = self.variants[0]
         costs = {
             v: {"time": statistics.median(ratios(times[v], times[first])), "memory": peaks[v] / peaks[first]}
@@ -450,7 +504,7 @@ class Study:
         environments = [{**json.loads(one), "cells": count} for one, count in seen.items() if one != "null"]
         outcome = Outcome(
             self.title, self.variants, self.seeds, lead, self.measured, [*self.metrics], [*self.curves], costs,
-            self.notes(), self.pictures(), environments,
+            self.notes(), self.pictures(), environments, self.timed_on if costs else "",
         )  # fmt: skip
         outcome.write(self.out)
         write_yaml(self.out / "config.yaml", self.config())
@@ -507,7 +561,8 @@ class Study:
         self.variants, self.seeds = [variant], [seed]
         self.check_settings()
         self.prepare()
-        self.run_cells(say)
+        with self.display(say, self.cells) as say_beside, self.helpers(1):
+            self.run_cells(say_beside)
         again = self.read_result(variant, seed) or {}
         inside = []
         for metric in self.metrics:
@@ -588,7 +643,8 @@ class GenerationStudy(Study):
 
     def __getstate__(self) -> dict[str, Any]:
         """What another process needs: not what was looked at here."""
-        return {name: value for name, value in vars(self).items() if name not in ("extractor", "real", "input_size")}
+        looked_at = ("extractor", "real", "input_size")
+        return {name: value for name, value in super().__getstate__().items() if name not in looked_at}
 
     def config(self) -> dict[str, Any]:
         numbers = ("samples", "sample_batch", "real_images", "classifier_epochs", "inception")
@@ -635,8 +691,11 @@ class GenerationStudy(Study):
 
     def score(self, folder: Path, model: Any, metrics: dict[str, float]) -> dict[str, float | None]:
         classes = range(model.hparams["num_classes"])
-        names = ("accelerator", "devices", "strategy", "precision", "num_nodes", "enable_progress_bar")
+        names = ("accelerator", "devices", "strategy", "precision", "num_nodes")
         trainer = {name: self.trainer[name] for name in names if name in self.trainer}
+        trainer["enable_progress_bar"] = False  # the study has a display of its own
+        if self.lines is not None:
+            self.lines.put(f"drawing {self.samples} images of {folder.parent.name}, {folder.name}")
         draw_samples(model, folder / "samples", self.sampling, self.samples, classes, self.sample_batch, trainer)
         if not is_first_process():
             return {}
@@ -749,13 +808,26 @@ def revision(package: Path) -> str:
     return found or "unknown"
 
 
+@contextlib.contextmanager
+def limit_threads(count: int) -> Iterator[None]:
+    """Have this process compute with so many threads meanwhile."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def stop(number: int, _: Any) -> NoReturn:
     """End as asked, where no training is under way that would keep a checkpoint first."""
     raise Stopped(128 + number, "stopped")
 
 
-def help_along(study: Study, threads: int) -> None:
+def help_along(study: Study, threads: int, board: Any, lines: Any) -> None:
     """Run cells of a study in a process of its own, which ends with the one that started it."""
+    study.board, study.lines = board, lines
+    say = print if lines is None else lines.put
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
     parent = multiprocessing.parent_process()
@@ -766,11 +838,11 @@ def help_along(study: Study, threads: int) -> None:
     torch.set_num_threads(threads)
     StopCleanly.patient = True  # Ctrl-C goes to all processes, and the first one's SIGTERM follows it
     try:
-        study.run_cells()
+        study.run_cells(say)
     except Stopped as stop:
         sys.exit(stop.code)
     except KeyboardInterrupt:
         sys.exit(130)
     except (ValueError, OSError, MemoryError) as error:  # the first process takes the cell up again, and says why
-        print(f"one of {study.jobs} processes ended: {error}")
+        say(f"one of {study.jobs} processes ended: {error}")
         sys.exit(1)

@@ -25,7 +25,7 @@ FLOORS = (
     {"streaming"},
     {"data"},
     {"runs"},
-    {"latents", "sampling", "sharding"},
+    {"display", "latents", "sampling", "sharding"},
     {"training"},
     {"evaluation", "prediction", "benchmark"},
     {"scoring"},

@@ -1,6 +1,7 @@
 """What comes before torch: help, and wrong names of commands and options."""
 
 import inspect
+import os
 import subprocess
 import sys
 
@@ -80,3 +81,23 @@ def test_names_behind_an_option_pass(monkeypatch):
 def test_where_lightning_cannot_be_read_the_parser_decides(monkeypatch):
     monkeypatch.setattr(hcvision_command.importlib.util, "find_spec", lambda name: None)
     assert names_of("trainer") == set()
+
+
+@pytest.mark.parametrize(
+    ("given", "policy"),
+    [
+        ({}, "passive"),
+        ({"OMP_WAIT_POLICY": "active"}, "active"),
+        ({"GOMP_SPINCOUNT": "9"}, None),
+        ({"KMP_BLOCKTIME": "0"}, None),
+    ],
+)
+def test_threads_sleep_unless_the_user_says_how_they_wait(monkeypatch, given, policy):
+    for name in hcvision_command.WAITING:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    hcvision_command.let_threads_sleep()
+    set_now = {name: os.environ[name] for name in hcvision_command.WAITING if name in os.environ}
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    assert set_now == {**given, **({"OMP_WAIT_POLICY": policy} if policy else {})}

@@ -42,6 +42,7 @@ def make(image_folder, tiny, tmp_path):
             "data": {"root": str(image_folder), "dataset": "folder", "batch_size": 8, "num_workers": 0},
             "trainer": {"max_epochs": 2, "accelerator": "cpu", "enable_progress_bar": False},
             "timing_rounds": 2,
+            "jobs": 1,
         }
         return Study(**{**arguments, **kwargs})
 
@@ -243,6 +244,40 @@ def test_two_processes_share_a_study(make, tmp_path, monkeypatch, capfd):
     assert not (tmp_path / "three" / "residual").exists()
 
 
+@pytest.mark.parametrize(
+    ("more", "cores", "jobs", "threads"),
+    [
+        ({}, 2, 2, 3),
+        ({}, 4, 4, 1),
+        ({}, 64, 6, 1),  # as many as there are cells
+        ({"seeds": [0], "variants": ["dhc2"]}, 4, 1, 6),
+        ({"jobs": 3}, 2, 3, 2),
+        ({"trainer": {"accelerator": "cpu", "devices": 2}}, 4, 1, 6),
+        ({"trainer": {"accelerator": "cpu", "num_nodes": 2}}, 4, 1, 6),
+        ({"trainer": {"max_epochs": 1}}, 4, 1, 6),  # on a GPU, here
+    ],
+)
+def test_as_many_cells_at_a_time_as_there_are_cores(make, monkeypatch, more, cores, jobs, threads):
+    monkeypatch.setattr(study, "count_cores", lambda: cores)
+    monkeypatch.setattr(study, "pick_device", lambda: "cuda")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 6)
+    built = make(**{"jobs": "auto", **more})
+    assert (built.jobs, built.threads) == (jobs, threads)
+    assert built.trainer.get("devices") == (1 if jobs > 1 else more.get("trainer", {}).get("devices"))
+
+
+def test_costs_are_measured_with_the_threads_of_a_cell(make, monkeypatch):
+    before, seen = torch.get_num_threads(), []
+    monkeypatch.setattr(study, "measure", lambda *_: seen.append(torch.get_num_threads()) or ({}, {}))
+    monkeypatch.setattr(study, "ratios", lambda *_: [1.0])
+    built = make(variants=["dhc2"], seeds=[0])
+    built.threads = 3
+    with pytest.raises(KeyError):  # nothing was measured
+        built.costs(lambda _: None)
+    assert (seen, torch.get_num_threads()) == ([3], before)
+    assert built.timed_on.endswith("(3 threads)")
+
+
 def write_result(study, variant, seed, top1=0.7):
     path = study.cell_folder(variant, seed) / "result.json"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -283,7 +318,9 @@ def test_a_cell_that_another_process_has_is_left_to_it(make, monkeypatch, finish
     other.join()
     assert ran == ["dhc2"] + ["residual"] * (not finished)
     last = "[1/2] residual, seed 0" + ": done before, top-1 % 25.00" * finished
-    assert said == ["[2/2] dhc2, seed 0", last]
+    assert said[:2] == ["[2/2] dhc2, seed 0", "[2/2] dhc2, seed 0: top-1 % 70.00, 0 s"]
+    assert said[-1] == last + ": top-1 % 70.00, 0 s" * (not finished)
+    assert len(said) == 3 + (not finished)
     FileLock(folder / "lock", blocking=False).acquire().lock.release()
 
 
@@ -333,7 +370,7 @@ def test_a_cell_is_repeated_and_compared(make, tmp_path, monkeypatch, image_fold
         ran.clear()
         with_seed = "" if seed else ", recorded with this seed 50.00"
         assert said[0] == f"[1/1] dhc2, seed {seed}"
-        assert said[1] == (
+        assert said[-1] == (
             f"top-1 % {100 * top1:.2f}{with_seed}; 3 recorded seeds 52.00 ± 2.00: "
             f"{'within' if inside else 'OUTSIDE'} 42.06 to 61.94, where 95 % of further seeds are expected"
         )
@@ -632,10 +669,12 @@ ON_LINUX = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a helpe
 @pytest.mark.parametrize(("number", "code"), [("SIGTERM", 143), pytest.param("SIGKILL", -9, marks=ON_LINUX)])
 def test_helpers_end_with_the_first_process(make, image_folder, tmp_path, number, code):
     """Which waits for the cells of the other, here; that one trains, and keeps a checkpoint."""
-    study = make(variants=["residual", "dhc2"], seeds=[0], trainer={"max_epochs": 1000, "accelerator": "cpu"})
+    trainer = {"max_epochs": 1000, "accelerator": "cpu"}
+    study = make(variants=["residual", "dhc2"], seeds=[0], trainer=trainer)
     (tmp_path / "first.py").write_text(FIRST_WAITS)
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(study.config()))
     command = ["compare", f"--config={tmp_path / 'config.yaml'}", f"--data.root={image_folder}", "--jobs=2"]
+    command.append("--trainer.enable_progress_bar=false")
     with (tmp_path / "said.txt").open("w") as file:
         first = subprocess.Popen(
             [sys.executable, str(tmp_path / "first.py"), *command, f"--out={study.out}"],
@@ -666,7 +705,7 @@ def test_a_helper_whose_study_was_killed_meanwhile_begins_nothing(make, monkeypa
     monkeypatch.setattr(study.ctypes, "CDLL", lambda _: types.SimpleNamespace(prctl=lambda *_: 0))
     monkeypatch.setattr(Study, "run_cells", lambda _: pytest.fail("it began"))
     with pytest.raises(SystemExit) as end:
-        study.help_along(make(), torch.get_num_threads())
+        study.help_along(make(), torch.get_num_threads(), [], None)
     assert end.value.code == 143
 
 
@@ -687,6 +726,7 @@ def make_generation(image_folder, tiny_dit, tmp_path):
             "sample_batch": 5,
             "real_images": 30,
             "classifier_epochs": 1,
+            "jobs": 1,
         }
         return GenerationStudy(**{**arguments, **kwargs})
 
@@ -716,7 +756,7 @@ def test_a_generation_study_trains_draws_and_scores(make_generation, image_folde
     assert (out / "dhc2" / "seed1" / "grids" / "step0000018.png").is_file()
 
     again = pickle.loads(pickle.dumps(study))  # for a process beside this one, without what this one has looked at
-    assert {*vars(study)} - {*vars(again)} == {"extractor", "real", "input_size"}
+    assert {*vars(study)} - {*vars(again)} == {"extractor", "real", "input_size", "board", "lines"}
     assert again.settings("dhc2") == study.settings("dhc2")
     assert again.cells == study.cells
     assert from_files(out, tmp_path) == text
