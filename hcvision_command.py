@@ -6,8 +6,9 @@ import importlib.metadata
 import importlib.util
 import os
 import re
+import shutil
 import sys
-from collections.abc import Iterator
+import textwrap
 from pathlib import Path
 from typing import NoReturn
 
@@ -32,9 +33,38 @@ usage: hcvision COMMAND [--config FILE] [options]
 {}
 
 `hcvision COMMAND --help` lists the options; configs/ holds complete configurations."""
+VARIED = {"compare": {"model.connection", "data.seed"}}  # by variants and seeds
 WAITING = {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"}  # how a user says how threads wait
-GROUPS = {"model": ("TimmModule", "ImageClassifier", "ImageGenerator"), "data": ("ImageData",), "trainer": ("Trainer",)}
-FILES = {"model": "hcvision/training.py", "data": "hcvision/data.py", "trainer": "pytorch_lightning/trainer/trainer.py"}
+TASKS = {"classify": ("TimmModule", "ImageClassifier"), "generate": ("TimmModule", "ImageGenerator")}
+GROUPS = {
+    "model": ("TimmModule", "ImageClassifier", "ImageGenerator"), "data": ("ImageData",), "trainer": ("Trainer",),
+    "study": ("Study", "GenerationStudy"),
+}  # fmt: skip
+FILES = {
+    "model": "hcvision/training.py", "data": "hcvision/data.py", "trainer": "pytorch_lightning/trainer/trainer.py",
+    "study": "hcvision/study.py",
+}  # fmt: skip
+OWN = {  # options that are no arguments of a class
+    "config": "YAML file of options; may be given several times, later ones and the command line win",
+    "print_config": "print the configuration that results, and end",
+    "task": "classify, or generate (diffusion)",
+    "run": "folder of the run (default: runs/NAME)",
+    "resume": "go on with the run in that folder; auto: if there is one, else start it (fit only)",
+    "ckpt_path": "checkpoint to go on with, or to score: a path, or best or last of the run",
+    "seed_everything": "seed of the initial weights and of everything random (default: 0)",
+    "repeat": "train one cell again (dhc2/0 for seed 0) and compare it with the results beside the configuration",
+}
+LIGHTNING = ("config", "print_config", "task", "run", "resume", "ckpt_path", "seed_everything")
+LAID_OUT = {  # the commands whose help is read in the source: their own options, and groups with the prefix of each
+    **dict.fromkeys(("fit", "validate", "test"), (LIGHTNING, {g: f"{g}." for g in ("model", "data", "trainer")})),
+    "compare": (
+        ("config", "print_config", "task", "repeat"),
+        {"study": "", "model": "model.", "data": "data.", "trainer": "trainer."},
+    ),
+}
+GIVEN = {"model", "data", "trainer", "self", "kwargs"}  # arguments of these classes that are groups, or no options
+WHOLE_IMAGES = {"data.scale": (1.0, 1.0), "data.ratio": (1.0, 1.0), "data.crop_pct": 1.0}  # where images are drawn
+LINKED = {"model.num_classes", "model.multi_label", "model.seed"}  # come from the data
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -45,6 +75,9 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"hcvision {importlib.metadata.version('hcvision')}")
     else:
         check_names(arguments)
+        if arguments[0] in LAID_OUT and {"-h", "--help"}.intersection(arguments):
+            print(describe_command(arguments))
+            return
         let_threads_sleep()
         try:
             from hcvision.cli import run
@@ -85,19 +118,75 @@ def check_names(arguments: list[str]) -> None:
 
 def names_of(group: str) -> set[str]:
     """The options of a group: the arguments of its classes, read in their source."""
+    names = {name for node in classes_of(group) for name in arguments_of(node)}
+    return names | {"help"} if names else set()  # where there are none the whole parser will say
+
+
+def classes_of(group: str) -> list[ast.ClassDef]:
+    """The classes of a group, as their source has them; none where it cannot be read."""
     package, _, file = FILES[group].partition("/")
     spec = importlib.util.find_spec(package)
     path = Path(spec.origin).parent / file if spec and spec.origin else None
     if path is None or not path.is_file():
-        return set()  # the whole parser will say
-    classes = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.ClassDef)]
-    return {name for node in classes if node.name in GROUPS[group] for name in arguments_of(node)} | {"help"}
+        return []
+    nodes = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.ClassDef)]
+    return [node for node in nodes if node.name in GROUPS[group]]
 
 
-def arguments_of(node: ast.ClassDef) -> Iterator[str]:
+def arguments_of(node: ast.ClassDef) -> dict[str, tuple[str, str | None, str]]:
+    """The arguments of a class by name: type, default (None where there is none) and what the docstring says."""
+    import docstring_parser  # for help alone
+
+    found = {}
     for member in node.body:
         if isinstance(member, ast.FunctionDef) and member.name == "__init__":
-            yield from (argument.arg for argument in [*member.args.args, *member.args.kwonlyargs])
+            about = "\n".join(filter(None, (ast.get_docstring(node), ast.get_docstring(member))))
+            docs = {one.arg_name: one.description or "" for one in docstring_parser.parse(about).params}
+            arguments, keywords = member.args.args, member.args.kwonlyargs
+            defaults = [None] * (len(arguments) - len(member.args.defaults)) + member.args.defaults
+            for argument, default in zip([*arguments, *keywords], [*defaults, *member.args.kw_defaults], strict=True):
+                kind = ast.unparse(argument.annotation) if argument.annotation else ""
+                value = ast.unparse(default) if default else None
+                found[argument.arg] = (kind, value, docs.get(argument.arg, ""))
+    return found
+
+
+def describe_command(arguments: list[str]) -> str:
+    """The help of a command with the options of classes, read in their source."""
+    command = arguments[0]
+    task = "generate" if re.search(r"--task[ =]generate", " ".join(arguments)) else "classify"
+    own, groups = LAID_OUT[command]
+    text = [f"usage: hcvision {command} [--config FILE] [options]", "", COMMANDS[command], ""]
+    text += [line for name in own for line in describe_option(f"--{name}", OWN[name])]
+    for group, prefix in groups.items():
+        classes = {node.name: arguments_of(node) for node in classes_of(group)}
+        wanted = {"model": TASKS[task], "study": GROUPS["study"] if task == "generate" else ("Study",)}
+        options: dict[str, tuple[str, str | None, str]] = {}
+        for name in wanted.get(group, GROUPS[group]):
+            options |= classes.get(name, {})
+        text += ["", f"{group} (Lightning's)" if group == "trainer" else group]
+        for name, (kind, default, about) in options.items():
+            if (
+                name in GIVEN - {"model"}
+                or (name == "model" and not prefix)
+                or f"{prefix}{name}" in LINKED | VARIED.get(command, set())
+            ):
+                continue
+            about = re.sub(r":\w+:`~?\.?([^`]*)`", r"\1", " ".join(about.partition("\n\n")[0].split()))
+            about = about.partition(" Default: ")[0].replace("``", "")
+            value = WHOLE_IMAGES.get(f"{prefix}{name}", default) if task == "generate" else default
+            wants = "required" if value is None else "default: " + str(value).strip("'")
+            text += describe_option(f"--{prefix}{name}", f"{about} ({wants})", kind)
+    text += ["", "Values are YAML. configs/ holds complete configurations."]
+    return "\n".join(text)
+
+
+def describe_option(name: str, about: str, kind: str = "") -> list[str]:
+    width = max(min(shutil.get_terminal_size().columns, 120), 60)
+    lines = textwrap.wrap(about, width - 32)
+    head = f"  {name} {kind}".rstrip()
+    first = [f"{head:<31} {lines.pop(0)}"] if lines and len(head) < 31 else [head]
+    return [*first, *(f"{'':32}{line}" for line in lines)]
 
 
 if __name__ == "__main__":

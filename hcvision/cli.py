@@ -59,12 +59,11 @@ from hcvision.scoring import (
 from hcvision.scoring import compare as compare_features
 from hcvision.study import GenerationStudy, Study, merge
 from hcvision.training import ImageClassifier, ImageGenerator, TimmModule
-from hcvision_command import fail
+from hcvision_command import OWN, WHOLE_IMAGES, fail
 
 TASKS: dict[str, type[TimmModule]] = {"classify": ImageClassifier, "generate": ImageGenerator}
 STUDIES: dict[str, type[Study]] = {"classify": Study, "generate": GenerationStudy}
 HALF_PRECISIONS = {"16-mixed", "bf16-mixed", "16-true", "bf16-true", "16", "bf16"}
-WHOLE_IMAGES = {"data.scale": (1.0, 1.0), "data.ratio": (1.0, 1.0), "data.crop_pct": 1.0}  # what is to be drawn
 
 
 class OneLineErrors:
@@ -144,16 +143,16 @@ class CommandLine(LightningCLI):
         super().__init__(TASKS[task], ImageData, **kwargs)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.add_argument("--task", type=str, default=self.task, help="classify, or generate (diffusion)")
+        parser.add_argument("--task", type=str, default=self.task, help=OWN["task"])
         if self.task == "generate":
             parser.set_defaults(WHOLE_IMAGES)
             parser.link_arguments("data.seed", "model.seed")
-        parser.add_argument("--run", type=str | None, default=None, help="folder of the run (default: runs/NAME)")
+        parser.add_argument("--run", type=str | None, default=None, help=OWN["run"])
         parser.add_argument(
             "--resume",
             type=bool | Literal["auto"],
             default=False,
-            help="go on with the run in that folder; auto: if there is one, else start it (fit only)",
+            help=OWN["resume"],
         )
         if self.task == "classify":
             parser.link_arguments("data.multi_label", "model.multi_label")
@@ -347,9 +346,8 @@ def compare(arguments: list[str]) -> int | None:
     task = find_task(arguments)
     parser = StudyParser(prog="hcvision compare", description="Train variants side by side and report.")
     parser.add_argument("--config", action=ActionConfigFile, help="YAML file with these options")
-    parser.add_argument("--task", type=str, default=task, help="classify, or generate (diffusion)")
-    about = "train one cell again (dhc2/0 for seed 0) and compare it with the results beside the configuration"
-    parser.add_argument("--repeat", type=str | None, default=None, metavar="VARIANT/SEED", help=about)
+    parser.add_argument("--task", type=str, default=task, help=OWN["task"])
+    parser.add_argument("--repeat", type=str | None, default=None, metavar="VARIANT/SEED", help=OWN["repeat"])
     parser.add_class_arguments(STUDIES[task], skip={"model", "data", "trainer"})
     skipped = {"connection", "num_classes"} | ({"seed"} if task == "generate" else set())
     parser.add_class_arguments(TASKS[task], "model", skip=skipped, instantiate=False)

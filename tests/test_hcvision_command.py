@@ -2,6 +2,7 @@
 
 import inspect
 import os
+import re
 import subprocess
 import sys
 
@@ -101,3 +102,44 @@ def test_threads_sleep_unless_the_user_says_how_they_wait(monkeypatch, given, po
     set_now = {name: os.environ[name] for name in hcvision_command.WAITING if name in os.environ}
     monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
     assert set_now == {**given, **({"OMP_WAIT_POLICY": policy} if policy else {})}
+
+
+def options_in(text):
+    """The options that a help lists, without those that help with a class, and without groups."""
+    names = set(re.findall(r"^  (?:-\w \w+, )?--([\w.]+)", text, re.MULTILINE))
+    return {name for name in names if not name.endswith(".help")} - {"model", "data", "trainer"}
+
+
+UNUSED = {"weights_only", "verbose"}  # Lightning's; checkpoints are always read as weights, scores always printed
+
+
+@pytest.mark.parametrize("task", ["classify", "generate"])
+@pytest.mark.parametrize("command", ["fit", "test", "compare"])
+def test_help_lists_what_the_parser_takes(command, task, monkeypatch, capsys):
+    """And needs no torch: the parser's own help takes seconds, and 750 lines."""
+    monkeypatch.setenv("COLUMNS", "200")
+    main([command, "--task", task, "--help"])
+    ours = capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        cli.run([command, "--task", task, "--help"])
+    theirs = options_in(capsys.readouterr().out) - UNUSED - {"help"}
+    assert options_in(ours) == theirs - hcvision_command.LINKED
+
+
+@pytest.mark.parametrize("task", ["classify", "generate"])
+def test_help_says_defaults_and_what_options_mean(task, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
+    code, out, _ = run(f"{LIGHT}hcvision_command.main(['fit', '--task={task}', '--help'])")
+    assert code == 0
+    told = " ".join(out.split())
+    about = {
+        "classify": ", ours included, with or without a pretrained tag",
+        "generate": " of a DiT, for example dit_b_patch2_256",
+    }
+    assert f"--model.model str timm name{about[task]}. (required)" in told
+    assert "--trainer.max_epochs Optional[int] Stop training once this number of epochs is reached." in told
+    assert f"peak learning rate. (default: {'0.001' if task == 'classify' else '0.0001'})" in told
+    area = "(0.08, 1.0)" if task == "classify" else "(1.0, 1.0)"
+    assert f"area range of the random resized crop. (default: {area})" in told
+    assert ("--model.mixup " in told) == (task == "classify")
+    assert ("--model.objective " in told) == (task == "generate")
