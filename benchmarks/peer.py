@@ -1,7 +1,7 @@
 """hcvision's commands, with the connections of the package hyper-connections in a ViT as one model more.
 
     pip install hyper-connections
-    python benchmarks/peer.py compare --config benchmarks/peer.yaml --data.root data --jobs 2
+    python benchmarks/peer.py compare --config benchmarks/peer.yaml --data.root data
 
 ``vit_tiny_patch16_224_peer`` is timm's ViT with the package's connections around the same branches: two streams with
 ``peer: dhc2``, two fractions with ``peer: dfc2`` among its model_args.

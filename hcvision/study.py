@@ -201,7 +201,8 @@ class Study:
         for group, cls in {"model": self.module, "data": ImageData}.items():
             usual = json.loads(json.dumps({k: v for k, v in defaults(cls).items() if k not in NOT_SETTINGS}))
             settings[group] = {key: value for key, value in merge(usual, settings[group]).items() if value is not None}
-        settings["data"].pop("root", None)
+        for name in ("root", "num_workers"):
+            settings["data"].pop(name, None)
         usual, given = defaults(pl.Trainer), settings["trainer"]
         settings["trainer"] = {k: v for k, v in given.items() if k not in usual or v != usual[k]}
         settings["trainer"].pop("enable_progress_bar", None)
@@ -384,6 +385,8 @@ class Study:
         folder, began, here = self.cell_folder(variant, seed), time.monotonic(), environment(self.device)
         pl.seed_everything(seed, workers=True, verbose=False)
         data = ImageData(**self.data, seed=seed)
+        if self.data.get("num_workers") is None:  # cells that train at the same time share the cores
+            data.num_workers = min(data.num_workers, max(count_cores() // self.jobs, 1))
         model = self.build_model(variant, data.num_classes, seed)
         data.prepare_data()
         if is_first_process():

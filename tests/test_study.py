@@ -122,7 +122,7 @@ def test_variants_change_settings(make, image_folder, tiny, tmp_path, monkeypatc
     assert study.model == make().model
     complete = {
         "model": {**MODEL, "model": "vit_tiny_patch16_224", "model_args": tiny, "lr": 1e-3},
-        "data": {**DATA, "batch_size": 8, "num_workers": 0}, "trainer": {"max_epochs": 2, "accelerator": "cpu"},
+        "data": {**DATA, "batch_size": 8}, "trainer": {"max_epochs": 2, "accelerator": "cpu"},
     }  # fmt: skip
     wide = {**complete["model"], "model_args": {**tiny, "mlp_ratio": 5.0}}
     assert study.settings("wide") == {**complete, "model": wide, "connection": "residual"}
@@ -171,7 +171,7 @@ def test_settings_of_another_version(make, tiny):
     """What they lack is as by default today; a default that they record stays what it was."""
     there = {
         "model": {"model": "vit_tiny_patch16_224", "model_args": tiny, "lr": 1e-3, "weight_decay": 0.05, "vae": None},
-        "data": {"root": None, "batch_size": 8, "num_workers": 0, "scale": [0.08, 1.0]},
+        "data": {"root": None, "batch_size": 8, "num_workers": 3, "scale": [0.08, 1.0]},
         "trainer": {"max_epochs": 2, "accelerator": "cpu", "enable_progress_bar": True, "precision": None},
     }
     path = make().cell_folder("residual", 0) / "settings.json"
