@@ -92,6 +92,12 @@ def reduce_streams(x: Tensor, rate: int) -> Tensor:
     return mixing.average_streams(x, rate) if rate > 1 else x
 
 
+def has_hooks(module: nn.Module) -> bool:
+    """Whether hooks wait for a call of the module: its own, or those of every module."""
+    own = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
+    return any(own) or nn.modules.module._has_any_global_hook()
+
+
 class Connection(nn.Module):
     """What all connections have: ``dim``, ``streams`` S, ``views`` V, and ``width`` = S * dim / V.
 
@@ -111,12 +117,18 @@ class Connection(nn.Module):
         self.copies = streams // views
 
     @torch.jit.ignore
-    def forward(self, x: Tensor, branch: Callable[[Tensor], Tensor]) -> Tensor:
-        """Do what ``x + branch(x)`` did.
+    def forward(
+        self,
+        x: Tensor,
+        branch: Callable[[Tensor], Tensor],
+        carry: Callable[[Tensor], Tensor] | None = None,
+    ) -> Tensor:
+        """Do what ``x + branch(x)`` did, or ``carry(x) + branch(x)``.
 
         Args:
             x: the streams, (..., S*E).
             branch: the sub-layer with its pre-norm, (..., V*E) -> (..., V*E).
+            carry: what the add does to x itself, (..., S*E) -> (..., S*E); see the method of that name.
 
         Returns:
             The next streams, (..., S*E), in the dtype of x.
@@ -125,6 +137,8 @@ class Connection(nn.Module):
             ValueError: x is not S*E wide, or the branch returned another shape than it was given.
         """
         branch_input, carried = self.width_connection(x)
+        if carry is not None:
+            carried = self.carry(carry(x), carried)
         return self.depth_connection(branch(branch_input), carried)
 
     def enter(self, x: Tensor, rate: int) -> Tensor:

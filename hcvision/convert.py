@@ -109,17 +109,18 @@ def leave_streams(feature: Tensor, dim: int) -> Tensor:
 
     n need not be whole, as for ghc2x3.
     """
-    axis = 1 if feature.dim() == 4 and feature.shape[1] >= dim else -1
+    last = feature.dim() - 1
+    axis = 1 if feature.dim() == 4 and feature.shape[1] >= dim else last
     rate, rest = feature.shape[axis] // dim, feature.shape[axis] % dim
     if rate <= 1 and rest == 0:
         return feature
-    feature = feature.movedim(axis, -1)
+    feature = feature.movedim(axis, last)
     if rest > 0:  # a part of x once more than the rest of it
         once_more = [feature[..., k * dim : k * dim + rest] for k in range(rate + 1)]
         others = [feature[..., k * dim + rest : (k + 1) * dim] for k in range(rate)]
         parts = [reduce_streams(torch.cat(copies, dim=-1), len(copies)) for copies in (once_more, others)]
-        return torch.cat(parts, dim=-1).movedim(-1, axis)
-    return reduce_streams(feature, rate).movedim(-1, axis)
+        return torch.cat(parts, dim=-1).movedim(last, axis)
+    return reduce_streams(feature, rate).movedim(last, axis)
 
 
 class Exit:

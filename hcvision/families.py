@@ -5,6 +5,7 @@ order, and a connection takes the place of each add. One row per model class in 
 ``hcvision.convert`` does the rest.
 """
 
+import functools
 import inspect
 import linecache
 from collections.abc import Callable, Iterable
@@ -43,6 +44,9 @@ from timm.models import (
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hcvision import plain
+from hcvision.connections import has_hooks
+
 
 class ConnectedBlock:
     """A block of timm whose residual adds are connections.
@@ -60,6 +64,10 @@ class ConnectedBlock:
     Tensors are channels last here, whatever they are outside (``channels_first``). A block that
     scales x itself in an add has ``carry1``, ... too: it gets the streams and the scaled streams are
     carried, where timm's scaled x went into the add.
+
+    The steps of a connection are called by name, so that two of them can be one kernel. Where a connection has hooks,
+    those of this block are called as modules instead, ``x = self.connection1(x, branch)``: hooks see the streams
+    before and behind a sub-layer, (..., S*E).
     """
 
     adds: int  # how many branches
@@ -74,7 +82,7 @@ class ConnectedBlock:
 
     def __init_subclass__(cls) -> None:
         numbers = [k for k in range(1, 10) if hasattr(cls, f"branch{k}")]
-        if numbers == list(range(1, len(numbers) + 1)) and "grafted" not in vars(cls):
+        if numbers and numbers == list(range(1, len(numbers) + 1)) and "grafted" not in vars(cls):
             cls.adds = len(numbers)
             cls.forward = _compose(cls)  # type: ignore[attr-defined]
 
@@ -97,12 +105,10 @@ class ConnectedBlock:
 def _compose(mixin: type[ConnectedBlock]) -> Callable:
     """The forward of a block, from its branches, with a source that TorchScript and tracebacks can read."""
     extras: dict[str, inspect.Parameter] = {}
-    lines = [
-        "    if self.channels_first:",
-        "        x = x.movedim(1, -1)",
-        "    x = self.connection1.enter(x, self.entry_rate)",
-    ]
-    for k in range(1, mixin.adds + 1):
+    numbers = range(1, mixin.adds + 1)
+    hooked = " or ".join(f"has_hooks(self.connection{k})" for k in numbers)
+    lines, calls = [], []
+    for k in numbers:
         own = list(inspect.signature(getattr(mixin, f"branch{k}")).parameters.values())[2:]
         extras.update((parameter.name, parameter) for parameter in own)
         arguments = ", ".join(["view", *(parameter.name for parameter in own)])
@@ -115,13 +121,23 @@ def _compose(mixin: type[ConnectedBlock]) -> Callable:
             lines.append(f"    view, carried = self.connection{k + 1}.join(self.branch{k}({arguments}), carried)")
         else:
             lines.append(f"    x = self.connection{k}.depth_connection(self.branch{k}({arguments}), carried)")
-    lines += [
+        branch = ", ".join([f"self.branch{k}", *(f"{parameter.name}={parameter.name}" for parameter in own)])
+        carry = f", self.carry{k}" if hasattr(mixin, f"carry{k}") else ""
+        calls.append(f"    x = self.connection{k}(x, partial({branch}){carry})")
+    lines = [
+        "    if self.channels_first:",
+        "        x = x.movedim(1, 3)",
+        "    x = self.connection1.enter(x, self.entry_rate)",
+        f"    if torch.jit.is_scripting() or not ({hooked}):",
+        *(f"    {line}" for line in lines),
+        "    else:",
+        *(f"    {line}" for line in calls),
         f"    x = self.connection{mixin.adds}.leave(x, self.exit_rate)",
-        "    return x.movedim(-1, 1) if self.channels_first else x",
+        "    return x.movedim(3, 1) if self.channels_first else x",
     ]
     signature = ", ".join(["self", "x: torch.Tensor", *map(str, extras.values())])
     source = f"def forward({signature}) -> torch.Tensor:\n" + "\n".join(lines) + "\n"
-    scope = {"torch": torch, "Optional": Optional}
+    scope = {"torch": torch, "Optional": Optional, "has_hooks": has_hooks, "partial": functools.partial}
     filename = f"<forward of {mixin.__module__}.{mixin.__qualname__}>"
     linecache.cache[filename] = len(source), None, source.splitlines(keepends=True), filename
     exec(compile(source, filename, "exec"), scope)
@@ -207,11 +223,10 @@ class ParallelScalingBlock(ConnectedBlock):
         hidden, q, k, v = self.in_proj(self.in_norm(x)).split(self.in_split, dim=-1)
         if self.mlp_bias is not None:
             hidden = hidden + self.mlp_bias
-        heads = [self.num_heads, self.head_dim]
         y = F.scaled_dot_product_attention(
-            self.q_norm(q.unflatten(-1, heads)).transpose(1, 2),
-            self.k_norm(k.unflatten(-1, heads)).transpose(1, 2),
-            v.unflatten(-1, heads).transpose(1, 2),
+            self.q_norm(plain.split_last(q, self.num_heads)).transpose(1, 2),
+            self.k_norm(plain.split_last(k, self.num_heads)).transpose(1, 2),
+            plain.split_last(v, self.num_heads).transpose(1, 2),
             attn_mask=attn_mask,
             dropout_p=self.attn_drop.p if self.training else 0.0,
             is_causal=is_causal,
@@ -384,10 +399,10 @@ class DavitBlock(ChannelsFirst):
     """Four adds: a convolution as position encoding before the attention, and one before the MLP."""
 
     def branch1(self, x: Tensor) -> Tensor:
-        return self.cpe1.act(self.cpe1.proj(x.movedim(-1, 1))).movedim(1, -1)
+        return self.cpe1.act(self.cpe1.proj(x.movedim(3, 1))).movedim(1, 3)
 
     def branch3(self, x: Tensor) -> Tensor:
-        return self.cpe2.act(self.cpe2.proj(x.movedim(-1, 1))).movedim(1, -1)
+        return self.cpe2.act(self.cpe2.proj(x.movedim(3, 1))).movedim(1, 3)
 
     def branch4(self, x: Tensor) -> Tensor:
         return self.drop_path2(self.mlp(self.norm2(x)))
@@ -419,25 +434,25 @@ class MetaformerBlock(ConnectedBlock):
 
     def branch1(self, x: Tensor) -> Tensor:
         if self.channels_first:
-            x = x.movedim(-1, 1)
+            x = x.movedim(3, 1)
         x = self.layer_scale1(self.drop_path1(self.token_mixer(self.norm1(x))))
-        return x.movedim(1, -1) if self.channels_first else x
+        return x.movedim(1, 3) if self.channels_first else x
 
     def carry1(self, x: Tensor) -> Tensor:
         return self.join(self.res_scale1(self.split(x)))
 
     def branch2(self, x: Tensor) -> Tensor:
         if self.channels_first:
-            x = x.movedim(-1, 1)
+            x = x.movedim(3, 1)
         x = self.layer_scale2(self.drop_path2(self.mlp(self.norm2(x))))
-        return x.movedim(1, -1) if self.channels_first else x
+        return x.movedim(1, 3) if self.channels_first else x
 
     def carry2(self, x: Tensor) -> Tensor:
         return self.join(self.res_scale2(self.split(x)))
 
     def split(self, x: Tensor) -> Tensor:
         """(B, H, W, n*C) -> (B, n, C, H, W), or (B, N, n*C) -> (B, N, n, C): what res_scale can scale."""
-        x = x.unflatten(-1, (-1, self.connection1.dim))
+        x = plain.split_last(x, x.shape[-1] // self.connection1.dim)
         return x.permute(0, 3, 4, 1, 2) if self.channels_first else x
 
     def join(self, x: Tensor) -> Tensor:
@@ -451,8 +466,8 @@ class MetaformerBlock(ConnectedBlock):
 
 class ConvNeXtBlock(ChannelsFirst):
     def branch1(self, x: Tensor) -> Tensor:
-        x = self.conv_dw(x.movedim(-1, 1))
-        x = self.mlp(self.norm(x)).movedim(1, -1) if self.use_conv_mlp else self.mlp(self.norm(x.movedim(1, -1)))
+        x = self.conv_dw(x.movedim(3, 1))
+        x = self.mlp(self.norm(x)).movedim(1, 3) if self.use_conv_mlp else self.mlp(self.norm(x.movedim(1, 3)))
         if self.gamma is not None:
             x = x * self.gamma
         return self.drop_path(x)
@@ -468,7 +483,7 @@ class ConvNeXtBlock(ChannelsFirst):
 
 class MetaNeXtBlock(ChannelsFirst):
     def branch1(self, x: Tensor) -> Tensor:
-        x = self.mlp(self.norm(self.token_mixer(x.movedim(-1, 1)))).movedim(1, -1)
+        x = self.mlp(self.norm(self.token_mixer(x.movedim(3, 1)))).movedim(1, 3)
         if self.gamma is not None:
             x = x * self.gamma
         return self.drop_path(x)
@@ -480,12 +495,12 @@ class MetaNeXtBlock(ChannelsFirst):
 
 class FocalNetBlock(ChannelsFirst):
     def branch1(self, x: Tensor) -> Tensor:
-        x = self.norm1_post(self.modulation(self.norm1(x.movedim(-1, 1))))
-        return self.drop_path1(self.ls1(x)).movedim(1, -1)
+        x = self.norm1_post(self.modulation(self.norm1(x.movedim(3, 1))))
+        return self.drop_path1(self.ls1(x)).movedim(1, 3)
 
     def branch2(self, x: Tensor) -> Tensor:
-        x = self.norm2_post(self.mlp(self.norm2(x.movedim(-1, 1))))
-        return self.drop_path2(self.ls2(x)).movedim(1, -1)
+        x = self.norm2_post(self.mlp(self.norm2(x.movedim(3, 1))))
+        return self.drop_path2(self.ls2(x)).movedim(1, 3)
 
     @staticmethod
     def dim(block: Any) -> int:

@@ -43,14 +43,7 @@ def why_not(streams: Tensor, views: int, native_code: bool) -> str:
     """Why the kernels, those in C or those in Triton, cannot take these streams (..., S, E), or nothing."""
     if streams.shape[-2] > MOST_STREAMS:
         return f"they take rates up to {MOST_STREAMS}, got {streams.shape[-2]}"
-    if under_functorch():
-        return "they do not run under torch.func"
     return (native if native_code else gpu).why_not(streams, views)
-
-
-def under_functorch() -> bool:
-    """Whether torch.func is at work: vmap, grad, jvp, ..."""
-    return torch._C._functorch.maybe_current_level() is not None and not torch.compiler.is_compiling()
 
 
 def _sizes(streams: Tensor, views: int) -> tuple[int, int, int, int]:
@@ -328,39 +321,16 @@ def _back_to_width(
     ctx: Any, grads: Any, streams: Tensor, static: Tensor, rows: Optional[Tensor], scale: Optional[Tensor]
 ) -> Any:
     """The gradient of the streams, and those of static, rows and scale."""
-    if torch.is_grad_enabled():  # somebody wants a second derivative, which PyTorch's operations have
-        return _differentiable_width(grads, (streams, static, rows, scale), *ctx.options[:3])
+    if plain.wants_operations(grads):
+        V, (norm, center, tanh, _) = grads[0].shape[-2], ctx.options
+        to_streams, *found = plain.gradients(
+            lambda streams, *rest: plain.read_and_carry(streams, V, True, *rest, norm, center, tanh),
+            (streams, static, rows, scale),
+            grads,
+        )
+        return to_streams, found
     to_streams, *found = width_backward(*grads, streams, static, rows, scale, *ctx.options)
     return to_streams, (found if rows is not None else (found[0], None, None))
-
-
-def _differentiable_width(grads: Any, inputs: Any, norm: bool, center: bool, tanh: bool) -> Any:
-    grad_views, grad_alpha, grad_beta, grad_link = grads
-    V = grad_views.shape[-2]
-
-    def outputs(streams: Tensor, static: Tensor, rows: Optional[Tensor], scale: Optional[Tensor]) -> list[Tensor]:
-        views, alpha, beta, _ = plain.read(streams, V, True, static, rows, scale, norm, center, tanh)
-        return [views, alpha, beta, plain.mix(streams, alpha[..., V:], None, None)]
-
-    to_streams, *found = _differentiable(outputs, inputs, [grad_views, grad_alpha, grad_beta, grad_link])
-    return to_streams, found
-
-
-def _differentiable(function: Callable, inputs: Any, grads: list[Optional[Tensor]]) -> list[Optional[Tensor]]:
-    """Gradients of the inputs that need one, with a graph of their own.
-
-    It ends in views of the inputs: what is behind these may depend on other inputs.
-    """
-    inputs = [None if part is None else part.view_as(part) for part in inputs]
-    wanted = [part for part in inputs if part is not None and part.requires_grad]
-    with plain.no_autocast(inputs[0].device.type):
-        pairs = [
-            (one, grad.to(one.dtype)) for one, grad in zip(function(*inputs), grads, strict=True) if grad is not None
-        ]
-        pairs = [(one, grad) for one, grad in pairs if one.requires_grad]
-        ends, given = zip(*pairs, strict=True)
-        found = iter(torch.autograd.grad(ends, wanted, given, create_graph=True, allow_unused=True))
-    return [next(found) if part is not None and part.requires_grad else None for part in inputs]
 
 
 width.register_autograd(_width_backward, _width_setup)
@@ -378,8 +348,8 @@ def _depth_backward(ctx: Any, grad: Any) -> Any:
 
 def _back_to_output(grad: Tensor, output: Tensor, beta: Tensor, native_code: bool) -> Any:
     """The gradients of output, alpha (none) and beta."""
-    if torch.is_grad_enabled():
-        grad_output, grad_beta = _differentiable(
+    if plain.wants_operations([grad]):
+        grad_output, grad_beta = plain.gradients(
             lambda output, beta: [beta[..., None] * output], (output, beta), [grad]
         )
     else:
@@ -399,7 +369,7 @@ def _join_setup(ctx: Any, inputs: Any, output: Any) -> None:
 def _join_backward(ctx: Any, grad_following: Any, *grads: Any) -> Any:
     following, static, rows, scale, output, beta = ctx.saved_tensors
     ready = _width_grads(grads, following, static)
-    if grad_following is None and not torch.is_grad_enabled():
+    if grad_following is None and not plain.wants_operations(ready):
         to_streams, *found = join_backward(*ready, following, static, rows, scale, *ctx.options, output, beta)
         to_output = found[3], None, found[4]
         found = found[:3] if rows is not None else (found[0], None, None)

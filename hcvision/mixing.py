@@ -24,7 +24,7 @@ Options = Tuple[bool, bool, bool, str]
 @torch.fx.wrap
 def average_streams(x: Tensor, rate: int) -> Tensor:
     """(..., n*E) -> (..., E), in float32 at least, in the dtype of x."""
-    parts = x.unflatten(-1, (rate, -1)).to(torch.promote_types(x.dtype, torch.float32)).unbind(-2)
+    parts = list(plain.split_last(x, rate).to(torch.promote_types(x.dtype, torch.float32)).unbind(-2))
     while len(parts) > 1:  # in pairs: 2, 4 or 8 equal streams add up without rounding
         last = parts[len(parts) // 2 * 2 :]
         parts = [parts[i] + parts[i + 1] for i in range(0, len(parts) - 1, 2)] + list(last)
@@ -41,7 +41,7 @@ def split_streams(x: Tensor, streams: int, stream_dim: int) -> Tensor:
             f"x must have {streams} streams of {stream_dim} on its last axis, {width} in all, "
             f"got shape {list(x.shape)}{hint}"
         )
-    return x.unflatten(-1, (streams, stream_dim))
+    return plain.split_last(x, streams)
 
 
 @torch.fx.wrap
@@ -53,7 +53,7 @@ def split_output(branch_output: Tensor, streams: Tensor, views: int) -> Tensor:
             raise ValueError(
                 f"the branch must return the shape it was given, {expected}, got {list(branch_output.shape)}"
             )
-    return branch_output.unflatten(-1, (views, streams.shape[-1]))
+    return plain.split_last(branch_output, views)
 
 
 @torch.fx.wrap
@@ -129,11 +129,11 @@ def depth_connection(
         plainly = link is streams  # as the plain operations leave it
         chosen = "" if plainly else _kernels(streams, output.shape[-2], backend, alpha.dim() > beta.dim())
         with plain.no_autocast(streams.device.type):
-            if plainly:
-                mixed = plain.write(streams, carried, output, beta)
-            elif chosen:
+            if chosen:
                 parts = (link, streams.detach(), _for_kernels(output, streams), alpha.detach(), beta)
                 mixed = kernels.depth(*parts, chosen == "native")
+            elif plainly or plain.is_plain():
+                mixed = plain.write(streams, carried, output, beta)
             else:
                 mixed = _Depth.apply(link, None if carried is None else carried.detach(), output, beta)
     return mixed.flatten(-2).to(streams.dtype)
@@ -156,7 +156,7 @@ def join_connections(
             streams, views, alpha, beta, link = joined
             return views.flatten(-2), streams, alpha, beta, link
     x = depth_connection(streams, output, alpha, beta, link, backend)
-    return width_connection(x.unflatten(-1, (streams.shape[-2], streams.shape[-1])), rule, options)
+    return width_connection(plain.split_last(x, streams.shape[-2]), rule, options)
 
 
 def _prepare_at_once(rule: Rule, center: bool, dtype: torch.dtype) -> Any:
@@ -167,9 +167,10 @@ def _prepare_at_once(rule: Rule, center: bool, dtype: torch.dtype) -> Any:
 def _kernels(streams: Tensor, views: int, backend: str, fits: bool) -> str:
     """Which kernels run this connection: ``triton``, ``native`` or none.
 
-    They take mixed streams (it fits), and for each of them one number of beta.
+    They take mixed streams (it fits), and for each of them one number of beta. Where somebody else takes the operations
+    apart, as a trace, torch.export or torch.func do, none run, whatever the backend.
     """
-    if backend == "torch" or torch.jit.is_tracing() or plain.is_exporting():
+    if backend == "torch" or torch.jit.is_tracing() or plain.is_exporting() or plain.is_transformed():
         return ""
     chosen = backend
     if backend == "auto":
@@ -284,8 +285,6 @@ def _prepared_gradients(
 class _Prepare(torch.autograd.Function):
     """``plain.prepare``."""
 
-    generate_vmap_rule = True
-
     @staticmethod
     def forward(center, dtype, *rule):
         return plain.prepare(rule, center, dtype)
@@ -310,8 +309,6 @@ def _kept(made: List[Tensor], norm: bool, center: bool, tanh: bool) -> List[Opti
 class _Width(torch.autograd.Function):
     """``plain.prepare``, ``plain.read`` and the streams, saving the streams and what the coefficients are made of."""
 
-    generate_vmap_rule = True
-
     @staticmethod
     def forward(streams, norm, center, tanh, *rule):
         views, alone = rule[0].shape[1] - rule[0].shape[0], rule[1].dim() == 1
@@ -333,15 +330,21 @@ class _Width(torch.autograd.Function):
         rule, (static, rows, scale, projected, dynamic, rstd, mean) = saved[:7], saved[7:]
         center = ctx.center and ctx.norm
         views, last = rule[0].shape[1] - rule[0].shape[0], rule[0].shape[1]
+        if plain.wants_operations((grad_views, grad_carried, grad_alpha, grad_beta)):
+
+            def read(streams, *rule):
+                prepared = plain.prepare(rule, center, streams.dtype)
+                return plain.read_and_carry(
+                    streams, views, rule[1].dim() == 1, *prepared, ctx.norm, ctx.center, ctx.tanh
+                )
+
+            grads = [grad_views, grad_alpha, grad_beta, grad_carried]
+            grad_streams, *grads = plain.gradients(read, (streams, *rule), grads)
+            return grad_streams, None, None, None, *grads
         with plain.no_autocast(streams.device.type):
-            if torch.is_grad_enabled():  # for a second derivative: what was kept would be a constant there
-                static, rows, scale = plain.prepare(rule, center, streams.dtype)
-                coefficients, made = plain.coefficients(streams, static, rows, scale, ctx.norm, ctx.center, ctx.tanh)
-                projected, dynamic, rstd, mean = _kept(made, ctx.norm, ctx.center, ctx.tanh)
-            else:
-                coefficients = static.expand(*streams.shape[:-2], *static.shape)
-                if rows is not None:
-                    coefficients = torch.addcmul(static, scale, projected if dynamic is None else dynamic)
+            coefficients = static.expand(*streams.shape[:-2], *static.shape)
+            if rows is not None:
+                coefficients = torch.addcmul(static, scale, projected if dynamic is None else dynamic)
             streams = streams.to(static.dtype)
             dynamic = projected if dynamic is None else dynamic
             grad_streams, through = _mixed_gradients(streams, coefficients[..., :last], views, grad_views, grad_carried)
@@ -367,8 +370,6 @@ class _Width(torch.autograd.Function):
 class _Project(torch.autograd.Function):
     """RMSNorm(x) @ rows^T, keeping x in its own type."""
 
-    generate_vmap_rule = True
-
     @staticmethod
     def forward(x, rows):
         return plain.projections(x.to(rows.dtype), rows, True, False)[:2]
@@ -381,9 +382,9 @@ class _Project(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad, _):
         x, rows, projected, rstd = ctx.saved_tensors
+        if plain.wants_operations([grad]):
+            return tuple(plain.gradients(_Project.forward, (x, rows), (grad, None)))
         x = x.to(rows.dtype)
-        if torch.is_grad_enabled():  # for a second derivative
-            rstd, _ = plain.inverse_deviation(x, False)
         grad_x = x.new_zeros(x.shape)
         with plain.no_autocast(x.device.type):
             grad_rows = _projected_gradients(grad_x, x, rows, projected, grad, rstd, None)
@@ -392,8 +393,6 @@ class _Project(torch.autograd.Function):
 
 class _Weighed(torch.autograd.Function):
     """The views of streams by given weights, and the streams, for alpha^T @ streams that are about to be formed."""
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(streams, alpha, views):
@@ -408,6 +407,14 @@ class _Weighed(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_views, grad_carried):
         streams, alpha = ctx.saved_tensors
+        if plain.wants_operations((grad_views, grad_carried)):
+
+            def read(streams, alpha):
+                to_views, to_carried = alpha[..., : ctx.views], alpha[..., ctx.views :]
+                carried = plain.mix(streams, to_carried, None, None) if to_carried.shape[-1] else streams
+                return plain.mix(streams, to_views, None, None), carried
+
+            return *plain.gradients(read, (streams, alpha), (grad_views, grad_carried)), None
         with plain.no_autocast(streams.device.type):
             grads = _mixed_gradients(streams.to(alpha.dtype), alpha, ctx.views, grad_views, grad_carried)
             return grads[0], torch.cat(grads[1], dim=-1), None
@@ -415,8 +422,6 @@ class _Weighed(torch.autograd.Function):
 
 class _Depth(torch.autograd.Function):
     """``plain.write``, saving the branch output and beta. The carried streams have the gradient of the next ones."""
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(streams, alpha, output, beta):

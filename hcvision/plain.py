@@ -5,17 +5,40 @@ TorchScript, torch.compile and torch.export see these operations as they are. Le
 """
 
 import contextlib
+from collections.abc import Callable, Sequence
 from typing import Any, List, Optional, Tuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 Rule = Tuple[Tensor, Tensor, Optional[Tensor], Optional[Tensor], Optional[Tensor], Optional[Tensor], Optional[Tensor]]
 
 
 def is_plain() -> bool:
-    return torch.jit.is_tracing() or torch.compiler.is_compiling()
+    """Whether a step has to consist of the operations here, with the gradients that autograd gives them."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing() or is_transformed()
+
+
+def is_transformed() -> bool:
+    """Whether torch.func (vmap, grad, jvp, ...) or forward-mode differentiation is at work.
+
+    They take operations of PyTorch alone: a kernel would miss the batch and the tangents that a tensor carries.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    levels: Any = forward_ad
+    return torch._C._functorch.maybe_current_level() is not None or levels._current_level >= 0
+
+
+def wants_operations(grads: Sequence[Optional[Tensor]]) -> bool:
+    """Whether the backward of these has to consist of PyTorch's operations.
+
+    It has for a second derivative, under a transform, and for a batch of gradients (``is_grads_batched``).
+    """
+    batched = torch._C._functorch.is_legacy_batchedtensor
+    return torch.is_grad_enabled() or is_transformed() or any(grad is not None and batched(grad) for grad in grads)
 
 
 def is_exporting() -> bool:
@@ -29,6 +52,12 @@ def no_autocast(device_type: str) -> contextlib.AbstractContextManager:
     return contextlib.nullcontext()
 
 
+@torch.fx.wrap
+def split_last(x: Tensor, parts: int) -> Tensor:
+    """(..., parts * size) -> (..., parts, size), by sizes that a trace for ONNX takes from x, unlike ``unflatten``."""
+    return x.reshape(list(x.shape[:-1]) + [parts, x.shape[-1] // parts])  # noqa: RUF005 - TorchScript
+
+
 def prepare(rule: Rule, center: bool, dtype: torch.dtype) -> Tuple[Tensor, Optional[Tensor], Optional[Tensor]]:
     """Static alpha and beta (S, K), the dynamic projections as rows (K, E), and their scales (K,) or (S, K)."""
     static_alpha, static_beta, alpha_fn, beta_fn, alpha_scale, beta_scale, norm_weight = rule
@@ -37,7 +66,7 @@ def prepare(rule: Rule, center: bool, dtype: torch.dtype) -> Tuple[Tensor, Optio
     static = torch.cat([static_alpha, columns], dim=1).to(dtype)
     if alpha_fn is None or beta_fn is None or alpha_scale is None or beta_scale is None:
         return static, None, None
-    rows = torch.cat([alpha_fn.mT, beta_fn.mT]).to(dtype)
+    rows = torch.cat([alpha_fn.transpose(-1, -2), beta_fn.transpose(-1, -2)]).to(dtype)  # ONNX has no mT
     if alpha_scale.dim() == 1:
         alpha_scale = alpha_scale.expand(alpha_fn.shape[1])
     scale = torch.cat([alpha_scale, beta_scale], dim=-1).to(dtype)
@@ -68,6 +97,36 @@ def read(
     mixed = mix(streams, numbers[..., :views], None, None)
     beta = numbers[..., last] if alone else numbers[..., last:]
     return mixed, numbers[..., :last], beta, made
+
+
+def read_and_carry(streams: Tensor, views: int, alone: bool, *rest: Any) -> List[Tensor]:
+    """Views, alpha and beta, as ``read`` gives them, and the carried streams alpha_r^T @ streams (..., S, E)."""
+    mixed, alpha, beta, _ = read(streams, views, alone, *rest)
+    return [mixed, alpha, beta, mix(streams, alpha[..., views:], None, None)]
+
+
+def gradients(
+    function: Callable, inputs: Sequence[Optional[Tensor]], grads: Sequence[Optional[Tensor]]
+) -> List[Optional[Tensor]]:
+    """Gradients of the inputs that need one, by autograd of the function, from those of its outputs.
+
+    They have a graph of their own where gradients are enabled. It ends in views of the inputs: what is behind these
+    may depend on other inputs.
+    """
+    has_graph = torch.is_grad_enabled()
+    needs = [part is not None and part.requires_grad for part in inputs]
+    with torch.enable_grad(), no_autocast(next(part.device.type for part in inputs if part is not None)):
+        ends: list[Any] = [
+            part if part is None else part.view_as(part) if has_graph else part.detach().requires_grad_(need)
+            for part, need in zip(inputs, needs, strict=True)
+        ]
+        wanted = [part for part, need in zip(ends, needs, strict=True) if need]
+        pairs = [
+            (one, grad.to(one.dtype)) for one, grad in zip(function(*ends), grads, strict=True) if grad is not None
+        ]
+        outputs, given = zip(*((one, grad) for one, grad in pairs if one.requires_grad), strict=True)
+        found = iter(torch.autograd.grad(outputs, wanted, given, create_graph=has_graph, allow_unused=True))
+    return [next(found) if need else None for need in needs]
 
 
 def coefficients(
@@ -132,7 +191,7 @@ def mix(streams: Tensor, alpha: Tensor, output: Optional[Tensor], beta: Optional
     else:
         mixed = _laid_out_like(streams, mixed)
     for i in range(first, streams.shape[-2]):
-        mixed.addcmul_(alpha[..., i, :, None], streams[..., i, None, :])
+        mixed = torch.addcmul(mixed, alpha[..., i, :, None], streams[..., i, None, :])
     return mixed
 
 
@@ -141,7 +200,7 @@ def write(streams: Tensor, alpha: Optional[Tensor], output: Tensor, beta: Tensor
     if alpha is None:
         return torch.addcmul(streams.to(beta.dtype), beta[..., None], output)
     if beta.dim() == streams.dim():
-        return mix(streams, alpha, mix(output, beta.mT, None, None), None)
+        return mix(streams, alpha, mix(output, beta.transpose(-1, -2), None, None), None)
     return mix(streams, alpha, output, beta)
 
 

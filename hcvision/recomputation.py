@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from hcvision import kernels, mixing, plain
+from hcvision import mixing, plain
 
 
 class Recipe:
@@ -40,7 +40,7 @@ class Recipe:
         for recipe in reversed(pending):
             output, alpha, beta = recipe.ingredients
             following = mixing.depth_connection(streams, output, alpha, beta, streams.detach(), recipe.backend)
-            streams = following.unflatten(-1, streams.shape[-2:])
+            streams = plain.split_last(following, streams.shape[-2])
             recipe.made = streams
         self.made = None
         return streams
@@ -61,7 +61,7 @@ def recomputable(streams: Tensor, output: Tensor, alpha: Tensor, beta: Tensor, l
 
 def record(x: Tensor, streams: Tensor, output: Tensor, alpha: Tensor, beta: Tensor, backend: str) -> None:
     """Note on x, (..., S*E), how it follows from the streams before it."""
-    if isinstance(x, torch.fx.Proxy) or plain.is_plain() or kernels.under_functorch():
+    if isinstance(x, torch.fx.Proxy) or plain.is_plain():
         return
     before = RECIPES.get(streams, streams.detach())
     ingredients = (output.detach(), alpha.detach(), beta.detach())
@@ -71,7 +71,7 @@ def record(x: Tensor, streams: Tensor, output: Tensor, alpha: Tensor, beta: Tens
 @contextlib.contextmanager
 def keep_recipe(x: Tensor, streams: Tensor) -> Iterator[None]:
     """Let autograd keep the recipe of x, if it has one, wherever it would keep the streams (..., S, E), a view of x."""
-    if isinstance(x, torch.fx.Proxy) or plain.is_plain() or kernels.under_functorch():
+    if isinstance(x, torch.fx.Proxy) or plain.is_plain():
         yield
         return
     recipe = RECIPES.get(x)

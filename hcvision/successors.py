@@ -289,7 +289,7 @@ class Reduction(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """(..., width) -> (..., dim)."""
         if self.groups > 0:
-            x = F.layer_norm(x.unflatten(-1, (self.groups, -1)), (x.shape[-1] // self.groups,), eps=1e-6).flatten(-2)
+            x = F.layer_norm(plain.split_last(x, self.groups), (x.shape[-1] // self.groups,), eps=1e-6).flatten(-2)
         return F.linear(x, self.weight)
 
 
@@ -306,14 +306,14 @@ def manifold_weights(
     """alpha (..., S, 1+S) and beta (..., S) of streams (..., S, E), or alpha (..., S) if there is no third of each."""
     dtype = torch.promote_types(streams.dtype, torch.float32)
     count = streams.shape[-2]
-    projected = mixing.project(streams.flatten(-2), torch.cat([part.mT for part in phi]).to(dtype))
+    projected = mixing.project(streams.flatten(-2), torch.cat([part.transpose(-1, -2) for part in phi]).to(dtype))
     scales = torch.cat([s.expand(b.shape[0]) for s, b in zip(scale, bias, strict=True)]).to(dtype)
     logits = torch.addcmul(torch.cat(bias).to(dtype), scales, projected)
     read, write = logits[..., :count].sigmoid(), 2 * logits[..., count : 2 * count].sigmoid()
     if len(phi) == 2:
         return read, write
-    mix = sinkhorn(logits[..., 2 * count :].unflatten(-1, (count, count)))
-    return torch.cat([read[..., None], mix.mT], dim=-1), write
+    mix = sinkhorn(plain.split_last(logits[..., 2 * count :], count))
+    return torch.cat([read[..., None], mix.transpose(-1, -2)], dim=-1), write
 
 
 def sinkhorn(logits: Tensor, iterations: int = ITERATIONS) -> Tensor:
@@ -324,12 +324,13 @@ def sinkhorn(logits: Tensor, iterations: int = ITERATIONS) -> Tensor:
     same iterations, and keeps the logits alone. The first column and row are scaled as logarithms: from there on every
     row and column has a number of at least 1 / n^2, so that logits of any size are safe.
     """
-    logits = logits.movedim((-2, -1), (0, 1)).contiguous()  # with the tokens last sums over 4 numbers are quick
+    last = logits.dim() - 1  # counted from the front: ONNX has no other names
+    logits = logits.movedim((last - 1, last), (0, 1)).contiguous()  # with the tokens last sums over 4 numbers are quick
     if torch.jit.is_scripting():
         scaled = _scale_in_turn(logits, iterations)[0][-1]
     else:
         scaled = _scale_in_turn(logits, iterations)[0][-1] if plain.is_plain() else _Sinkhorn.apply(logits, iterations)
-    return scaled.movedim((0, 1), (-2, -1))
+    return scaled.movedim((0, 1), (last - 1, last))
 
 
 def _scale_in_turn(logits: Tensor, iterations: int) -> Tuple[List[Tensor], List[Tensor]]:
@@ -344,8 +345,6 @@ def _scale_in_turn(logits: Tensor, iterations: int) -> Tuple[List[Tensor], List[
 
 
 class _Sinkhorn(torch.autograd.Function):
-    generate_vmap_rule = True
-
     @staticmethod
     def forward(logits, iterations):
         return _scale_in_turn(logits, iterations)[0][-1]

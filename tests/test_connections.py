@@ -144,7 +144,7 @@ def test_weights(kind, rate):
     [(name, {}) for name in SEVEN] + [(name, {"tanh": False, "norm": False}) for name in (*FOUR, "ghc2x3")],
 )
 def test_derivatives(name, options):
-    """First and second derivatives against finite differences, the branch included."""
+    """First and second derivatives against finite differences, in forward mode and in batches too."""
     connection = random_connection(name, 4, **options)
     names, values = zip(*connection.named_parameters(), strict=True)
 
@@ -154,6 +154,9 @@ def test_derivatives(name, options):
     inputs = (torch.randn(2, connection.width, dtype=torch.float64, requires_grad=True), *values)
     assert gradcheck(run, inputs)
     assert gradgradcheck(run, inputs)
+    batches = {"check_batched_grad": True, "fast_mode": True}
+    assert gradcheck(run, inputs, check_forward_ad=True, check_batched_forward_grad=True, **batches)
+    assert gradgradcheck(run, inputs, check_fwd_over_rev=True, **batches)
 
 
 @pytest.mark.parametrize("name", SEVEN)

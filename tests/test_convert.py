@@ -405,6 +405,116 @@ def test_grad_checkpointing(connection):
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
+# torch.func, forward-mode differentiation, batches of gradients
+
+
+def small(connection, backend, dtype, recompute=0):
+    """A ViT of two blocks whose attention has a forward-mode derivative, which the fused one lacks."""
+    options = {} if backend == "auto" else {"connection_backend": backend}
+    model = create_model(
+        BASE, connection, img_size=8, patch_size=4, embed_dim=32, depth=2, num_heads=2, num_classes=3, dtype=dtype,
+        connection_recompute=recompute, **options,
+    )  # fmt: skip
+    for block in model.blocks:
+        block.attn.fused_attn = False
+    return randomize(model).eval()
+
+
+JACOBIANS = {
+    "jacfwd": lambda f, x: torch.func.jacfwd(f)(x),
+    "jacrev": lambda f, x: torch.func.jacrev(f)(x),
+    "batched": lambda f, x: torch.autograd.functional.jacobian(f, x, vectorize=True),
+    "jvp": lambda f, x: torch.func.vmap(lambda v: torch.func.jvp(f, (x,), (v,))[1], out_dims=-1)(
+        torch.eye(x.numel()).view(-1, *x.shape)
+    ).view(3, *x.shape),
+}
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("recompute", [0, 1])
+@pytest.mark.parametrize("way", JACOBIANS)
+@pytest.mark.parametrize(
+    ("connection", "backend"),
+    [(connection, "auto") for connection in (*FOUR, "mhc4", "ihc4", "ghc2x3")]
+    + [("dhc2", "torch"), ("dhc2", "native"), ("mhc4", "native")],
+)
+def test_jacobians(connection, backend, way, recompute):
+    """They are those of one backward after the other, in double precision."""
+    exact, x = small(connection, "torch", torch.float64), torch.randn(1, 3, 8, 8)
+    expected = torch.autograd.functional.jacobian(lambda x: exact(x)[0], x.double())
+    model = small(connection, backend, torch.float32, recompute)
+    found = JACOBIANS[way](lambda x: model(x)[0], x)
+    assert (found - expected).norm() < 1e-5 * expected.norm()
+
+
+# hooks
+
+
+def expected_calls(model, x):
+    """The streams before and behind each sub-layer, by the steps of its connection."""
+    x = model._pos_embed(model.patch_embed(x))
+    calls = []
+    for block in model.blocks:
+        x = block.connection1.enter(x, block.entry_rate)
+        for connection, branch in ((block.connection1, block.branch1), (block.connection2, block.branch2)):
+            view, carried = connection.width_connection(x)
+            after = connection.depth_connection(branch(view), carried)
+            calls.append((x, after))
+            x = after
+        x = block.connection2.leave(x, block.exit_rate)
+    return calls
+
+
+@pytest.mark.parametrize("connection", [*FOUR, "mhc4", "ihc4", "ghc2x3"])
+def test_hooks(connection):
+    """Hooks of a connection get the streams before and behind its sub-layer and their gradients; values stay."""
+    model, x = randomize(vit(connection, torch.float64)), images(dtype=torch.float64)
+    expected, output = expected_calls(model, x), model(x)
+    parts, calls, gradients = list(connections(model).values()), [], []
+    hooks = [part.register_forward_pre_hook(lambda part, args: calls.append([args[0]])) for part in parts]
+    hooks += [part.register_forward_hook(lambda part, args, out: calls[-1].append(out)) for part in parts]
+    hooks += [
+        part.register_full_backward_hook(lambda part, into, out: gradients.append((into[0], out[0]))) for part in parts
+    ]
+    hooked = model(x)
+    close(hooked, output)
+    for pair, wanted in zip(calls, expected, strict=True):
+        for one, other in zip(pair, wanted, strict=True):
+            close(one, other)
+    streams = [before for before, _ in calls] + [calls[-1][1]]
+    wanted = torch.autograd.grad(hooked.sum(), streams, retain_graph=True)
+    gradients.clear()
+    hooked.sum().backward()
+    for (into, out), before, after in zip(reversed(gradients), wanted[:-1], wanted[1:], strict=True):
+        close(into, before)
+        close(out, after)
+    for hook in hooks:
+        hook.remove()
+    calls.clear()
+    assert torch.equal(model(x), output)
+    assert not calls
+
+
+def test_other_hooks():
+    """A hook may replace the streams; hooks of every module see connections; what prunes a module prunes them."""
+    model, x = randomize(vit("dhc2", torch.float64)), images(dtype=torch.float64)
+    output, last = model(x), model.blocks[-1].connection2
+    hook = last.register_forward_hook(lambda part, args, out: 0 * out)
+    close(model(x), model.head(model.norm(torch.zeros(2, 1, 48, dtype=torch.float64)))[:, 0])
+    hook.remove()
+    seen = []
+    hook = torch.nn.modules.module.register_module_forward_hook(lambda module, args, out: seen.append(module))
+    close(model(x), output)
+    hook.remove()
+    assert all(part in seen for part in connections(model).values())
+    torch.nn.utils.prune.random_unstructured(last, "static_alpha", 0.5)
+    last.static_alpha_orig.data.mul_(2)
+    pruned = model(x)
+    assert torch.equal(last.static_alpha, last.static_alpha_orig * last.static_alpha_mask)
+    torch.nn.utils.prune.remove(last, "static_alpha")
+    close(model(x), pruned)
+
+
 # recomputation
 
 

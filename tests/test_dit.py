@@ -234,6 +234,23 @@ def test_ways_to_run(connection):
     assert ours.bfloat16()(x.bfloat16(), t, y).dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("connection", ["residual", "dhc2", "dfc2", "mhc4", "ihc4", "ghc2x3"])
+def test_forward_mode(connection):
+    """The derivative along x and t, which MeanFlow trains on, is that of one backward after the other."""
+    model, (x, t, y) = build(depth=1), inputs(batch=1)
+    randomize(convert(model, connection))
+    for block in model.blocks:
+        block.attn.fused_attn = False  # it has no such derivative
+
+    def run(x, t):
+        return model(x, t, y)
+
+    tangents = torch.randn(1, 4, 8, 8, dtype=torch.float64), torch.ones(1, dtype=torch.float64)
+    _, along = torch.func.jvp(run, (x, t.double()), tangents)
+    _, expected = torch.autograd.functional.jvp(run, (x, t.double()), tangents)  # by a second derivative
+    torch.testing.assert_close(along, expected, rtol=1e-9, atol=1e-12)
+
+
 def test_hub_folder(tmp_path):
     model = randomize(hcvision.create_model("dit_tiny_patch2_pixel", "dfc3", **TINY, in_chans=4))
     x, t, y = inputs(torch.float32)

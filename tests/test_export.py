@@ -36,6 +36,23 @@ def files(image_folder):
     return find_images([str(image_folder / "val" / "zebra")])
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the exporter
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("connection", ["residual", "shc2", "dhc4", "sfc2", "dfc2", "mhc4", "ihc4", "ghc2x3"])
+def test_traced_onnx(connection, tmp_path):
+    """torch.onnx.export with dynamo=False, as recipes for TensorRT have it: a file for batches of any size."""
+    model = randomize(hcvision.create_model("vit_tiny_patch16_224", connection, num_classes=3, **SHALLOW)).eval()
+    torch.onnx.export(
+        model, (torch.randn(2, 3, 32, 32),), tmp_path / "model.onnx", dynamo=False, opset_version=17,
+        input_names=["images"], output_names=["logits"], dynamic_axes={"images": {0: "batch"}, "logits": {0: "batch"}},
+    )  # fmt: skip
+    session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"), providers=["CPUExecutionProvider"])
+    for batch in (1, 5):
+        images = torch.randn(batch, 3, 32, 32)
+        (logits,) = session.run(["logits"], {"images": images.numpy()})
+        torch.testing.assert_close(torch.from_numpy(logits), model(images).detach(), rtol=1e-4, atol=1e-6)
+
+
 def load_elsewhere(folder, images):
     """Logits of folders, each loaded by plain timm in one process that has only imported hcvision."""
     torch.save(images, folder / "images.pth")

@@ -301,6 +301,12 @@ def test_update(family, connection, dropped):
     ours(images(family))
     assert len(calls) == sum(isinstance(block, ConnectedBlock) for block in blocks(ours))
     for block, args, kwargs, output in calls:
+        seen = []
+        hooks = [part.register_forward_hook(lambda part, *_: seen.append(part)) for part in connections(block)]  # noqa: B023
+        torch.testing.assert_close(block.forward(*args, **kwargs), output, rtol=1e-10, atol=1e-11)
+        assert seen == [getattr(block, f"connection{k}") for k in range(1, block.adds + 1)]
+        for hook in hooks:
+            hook.remove()
         call = inspect.signature(block.forward).bind(*args, **kwargs)
         x = call.arguments.pop("x")
         x = x.movedim(1, -1) if block.channels_first else x

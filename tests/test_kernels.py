@@ -16,6 +16,7 @@ import torch
 from conftest import randomize
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
@@ -451,9 +452,6 @@ def test_what_kernels_do_not_take(backend, name):
         run(torch.float64)
     with pytest.raises(ValueError, match="they take rates up to 8, got 9"):
         run(FP32, "dhc9")
-    single = build_connection("dhc2", 8, backend=backend, device=DEVICES[backend])
-    with pytest.raises(ValueError, match=r"they do not run under torch\.func"):
-        torch.func.vmap(lambda x: single(x, torch.sin))(torch.randn(2, 3, 16, device=DEVICES[backend]))
 
 
 @pytest.mark.parametrize("strict", [True, False])
@@ -534,6 +532,67 @@ def test_second_derivatives(backend, name, joined):
         truth = [gradients[key] for gradients in exact]
         ours, theirs = (error([one[key] - t for one, t in zip(runs, truth, strict=True)], truth) for runs in found)
         assert ours <= 2 * theirs + SMALL[FP32], f"{key}: wrong by {ours:.1e} of it, PyTorch by {theirs:.1e}"
+
+
+# torch.func, forward-mode differentiation, batches of gradients
+
+
+def gradient_of_duals(module, x):
+    """Forward-mode differentiation of a backward whose forward was nothing special: J^T t for a tangent t = cos(x)."""
+    x = x.requires_grad_()
+    out = module(x)
+    with forward_ad.dual_level():
+        (grad,) = torch.autograd.grad(out, x, forward_ad.make_dual(x.detach(), x.detach().cos()))
+        return forward_ad.unpack_dual(grad).tangent
+
+
+def gradients_of_parameters(module, x):
+    """A row for each number that comes out, for each parameter: one backward for all of them."""
+    out = module(x).flatten()
+    eye = torch.eye(len(out), dtype=x.dtype, device=x.device)
+    rows = torch.autograd.grad(out, list(module.parameters()), eye, is_grads_batched=True)
+    return torch.cat([part.flatten(1) for part in rows], dim=1)
+
+
+jacobian = torch.autograd.functional.jacobian
+EXACT = {  # what a transform has to give, from one backward after the other
+    "jacobian": jacobian,
+    "gradients_of_parameters": lambda module, x: torch.stack(
+        [torch.cat([g.flatten() for g in torch.autograd.grad(y, list(module.parameters()), retain_graph=True)])
+         for y in module(x).flatten()]
+    ),
+    "vjp": lambda module, x: torch.autograd.functional.vjp(module, x, x.cos())[1],
+    "hessian": lambda module, x: torch.autograd.functional.hessian(lambda x: module(x).sin().sum(), x),
+    "rows": lambda module, x: torch.stack([module(row) for row in x]),
+}  # fmt: skip
+TRANSFORMS = {
+    "jacfwd": ("jacobian", lambda module, x: torch.func.jacfwd(module)(x)),
+    "jacrev": ("jacobian", lambda module, x: torch.func.jacrev(module)(x)),
+    "vectorized": ("jacobian", lambda module, x: jacobian(module, x, vectorize=True)),
+    "forward mode": ("jacobian", lambda module, x: jacobian(module, x, vectorize=True, strategy="forward-mode")),
+    "gradients of parameters": ("gradients_of_parameters", gradients_of_parameters),
+    "gradient of duals": ("vjp", gradient_of_duals),
+    "hessian": ("hessian", lambda module, x: torch.func.hessian(lambda x: module(x).sin().sum())(x)),
+    "vmap": ("rows", lambda module, x: torch.func.vmap(module)(x)),
+}
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("way", TRANSFORMS)
+@pytest.mark.parametrize("name", ["dhc2", "dfc2", "shc2", "mhc2"])
+def test_transforms(backend, name, way):
+    """Who asks for kernels gets PyTorch's operations under them, and in a backward of such gradients."""
+    exact, transformed = TRANSFORMS[way]
+    errors = {}
+    for form in ("torch", backend):
+        module = randomize(Two(name, 4, "torch"), 0.5)
+        x = torch.randn(2, module.connections[0].width, generator=torch.Generator().manual_seed(0))
+        truth = EXACT[exact](module, x.double())
+        single = Two(name, 4, form, FP32).to(DEVICES[backend])
+        single.load_state_dict(module.state_dict())
+        found = transformed(single, x.to(DEVICES[backend])).detach().cpu().double()
+        errors[form] = ((found - truth).square().mean() / truth.square().mean()).sqrt().item()
+    assert errors[backend] <= 2 * errors["torch"] + SMALL[FP32]
 
 
 # the code for a CPU
