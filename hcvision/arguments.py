@@ -9,10 +9,11 @@ from typing import Any
 def check_number(
     name: str,
     value: Any,
-    least: float = -math.inf,
-    most: float = math.inf,
+    least: float | None = None,
+    most: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
     whole: bool = False,
-    exclusive: bool = False,
 ) -> None:
     """Raise ValueError when a value is not a finite number in a range.
 
@@ -21,21 +22,24 @@ def check_number(
         value: what was given; a bool or a text is no number.
         least: the smallest number allowed.
         most: the largest number allowed.
-        whole: only whole numbers are.
-        exclusive: the ends of the range are not.
+        above: every number has to be larger.
+        below: every number has to be smaller.
+        whole: only whole numbers are allowed.
     """
     kind: Any = Integral if whole else Real
     if isinstance(value, bool) or not isinstance(value, kind):
         raise ValueError(f"{name} must be {'a whole number' if whole else 'a number'}, got {value!r}")
-    if abs(value) < math.inf and (least < value < most if exclusive else least <= value <= most):
-        return
-    if math.isfinite(most):
-        span = f"between {least} and {most}" if exclusive else f"from {least} to {most}"
-    elif math.isfinite(least):
-        span = f"above {least}" if exclusive else f"at least {least}"
-    else:
-        span = "finite"
-    raise ValueError(f"{name} must be {span}, got {value!r}")
+    limits = {"at least": least, "above": above, "at most": most, "below": below}
+    kept = (
+        abs(value) < math.inf,
+        least is None or value >= least,
+        most is None or value <= most,
+        above is None or value > above,
+        below is None or value < below,
+    )
+    if not all(kept):
+        span = " and ".join(f"{words} {limit}" for words, limit in limits.items() if limit is not None)
+        raise ValueError(f"{name} must be {span or 'finite'}, got {value!r}")
 
 
 def check_numbers(name: str, values: Any, number: int | None = None, **span: Any) -> None:

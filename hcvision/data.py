@@ -6,9 +6,10 @@ import json
 import math
 import multiprocessing
 import os
+import re
 import signal
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset
 from torchvision import datasets as tv_datasets
 
+from hcvision.arguments import check_number, check_numbers, check_range
 from hcvision.fashion import find_fashion_mnist
 from hcvision.images import (
     BadImage,
@@ -33,13 +35,22 @@ from hcvision.images import (
     collate,
     find_classes,
     keep_a_bit,
+    mode_of,
     open_folder,
+    printable,
     read_table,
     split_by_class,
+    warn_of_left_out,
 )
 from hcvision.streaming import Lanes, Shards, check_labels, open_dataset
 
 BUILT_IN = {"fashion_mnist": 10, "cifar10": 10, "cifar100": 100}
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
+AUTO_AUGMENT = re.compile(  # timm passes over sections that it does not understand
+    r"(original|originalr|v0|v0r|3a)(-mstd\d+(\.\d+)?)*"
+    r"|rand(-(m\d+|n[1-9]\d*|p(0(\.\d+)?|1(\.0+)?)|mstd\d+(\.\d+)?|mmax[1-9]\d*|inc[01]|tweights|t3aw?))*"
+    r"|augmix(-(m\d+|w[1-9]\d*|d[1-9]\d*|a\d+(\.\d+)?|b[01]|mstd\d+(\.\d+)?))*"
+)
 LATENT_FORMAT = "hcvision-latents-1"
 QUOTA = Path("/sys/fs/cgroup/cpu.max")
 TIMM_PREFIXES = ("hfds/", "hfids/", "wds/", "tfds/", "torch/")
@@ -235,15 +246,21 @@ class ImageData(pl.LightningDataModule):
         seed: int = 0,
     ):
         super().__init__()
-        for name, value in {"batch_size": batch_size, "eval_batch_size": eval_batch_size}.items():
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
-        if num_workers is not None and num_workers < 0:
-            raise ValueError(f"num_workers must be at least 0, got {num_workers}")
-        if val_fraction is not None and not 0 < val_fraction < 1:
-            raise ValueError(f"val_fraction must be between 0 and 1, got {val_fraction}")
-        if train_samples is not None and train_samples < 1:
-            raise ValueError(f"train_samples must be at least 1, got {train_samples}")
+        for name, value in {
+            "batch_size": batch_size, "eval_batch_size": eval_batch_size, "train_samples": train_samples,
+            "num_classes": num_classes, "img_size": img_size,
+        }.items():  # fmt: skip
+            if value is not None:
+                check_number(name, value, 1, whole=True)
+        for name, value in {"num_workers": num_workers, "split_seed": split_seed, "seed": seed}.items():
+            if value is not None:
+                check_number(name, value, 0, whole=True)
+        if val_fraction is not None:
+            check_number("val_fraction", val_fraction, above=0, below=1)
+        if multi_label and not label_separator:
+            raise ValueError("label_separator must be what is between the labels of an image, got nothing")
+        check_view(mean, std, interpolation, crop_pct)
+        check_augmentation(scale, ratio, hflip, color_jitter, auto_augment, re_prob)
         self.dataset, self.root = dataset, Path(root)
         self.val_fraction, self.split_seed, self.train_samples = val_fraction, split_seed, train_samples
         self.splits = {"train": train_split, "val": val_split, "test": test_split}
@@ -262,6 +279,7 @@ class ImageData(pl.LightningDataModule):
         self.label_separator = label_separator if multi_label else None
         self.class_names: list[str] | None = None
         self.stages: dict[str, tuple[Any, Sequence[int]]] = {}
+        self.test_problem: str | None = None  # why the test images cannot be used
         self.warned: set[str] = set()
         self.train_sampler: DistributedSampler | None = None
 
@@ -299,7 +317,7 @@ class ImageData(pl.LightningDataModule):
         if self.val_fraction is not None:
             folder = self.root / self.splits["train"]
             base = open_folder(folder if folder.is_dir() else self.root)
-            train, val = split_by_class(base.targets, self.val_fraction, self.split_seed)
+            train, val = split_by_class(base.targets, self.val_fraction, self.split_seed, base.classes)
             self.stages = {"train": (base, train), "val": (base, val)}
         else:
             for stage in ("train", "val"):
@@ -309,23 +327,45 @@ class ImageData(pl.LightningDataModule):
                         f"there is no folder {folder}; {self.root} must hold {self.splits['train']}/ and "
                         f"{self.splits['val']}/, or val_fraction must say how much of it is for validation"
                     )
-                base = open_folder(folder)
+                base = open_folder(folder, None if stage == "train" else self.stages["train"][0])
                 self.stages[stage] = (base, range(len(base)))
-        classes = self.stages["train"][0].classes
+        train = self.stages["train"][0]
         test = self.root / self.splits["test"]
         if test.is_dir():
-            base = open_folder(test)
+            self._open_test(lambda: open_folder(test, train))
+        self.class_names = list(train.classes)
+        self._warn_of_empty("val")
+        warn_of_left_out([base for base, _ in self.stages.values()], self.root)
+
+    def _open_test(self, open_images: Callable[[], Any]) -> None:
+        """Open the test images. What is wrong with them is said when they are asked for: a fit needs none of them."""
+        try:
+            base = open_images()
+        except (ValueError, OSError) as error:
+            self.test_problem = str(error)
+        else:
             self.stages["test"] = (base, range(len(base)))
-        for stage, (base, _) in self.stages.items():
-            if base.classes != classes:
-                differing = sorted(set(base.classes) ^ set(classes))
-                both = f"{self.splits['train']} and {self.splits[stage]}"
-                raise ValueError(f"the class folders of {both} differ: {', '.join(differing)}")
-        self.class_names = list(classes)
-        names = sorted({name for base, _ in self.stages.values() for name in base.left_out})
+
+    def _stage(self, stage: str) -> tuple[Any, Sequence[int]]:
+        """The images of a stage, and which of them. Raises ValueError for test images that cannot be used."""
+        if stage == "test" and self.test_problem is not None:
+            raise ValueError(
+                f"the test images need the classes of the training images: {self.test_problem} "
+                "(--data.test_split names another split)"
+            )
+        return self.stages.get(stage, self.stages["val"])
+
+    def _warn_of_empty(self, stage: str) -> None:
+        """Say which classes have no images in a stage, which then says nothing of them."""
+        base, _ = self._stage(stage)
+        names = getattr(base, "empty", ())
         if names:
-            shown = ", ".join(map(repr, names[:3])) + ", ..." * (len(names) > 3)
-            warnings.warn(f"left out, no images by their names: {shown} ({len(names)} in {self.root})", stacklevel=3)
+            shown = ", ".join(map(printable, names[:3])) + ", ..." * (len(names) > 3)
+            warnings.warn(
+                f"the {stage} images are of {len(base.classes) - len(names)} of the {len(base.classes)} classes, "
+                f"without {shown} (--data.{stage}_split names another split)",
+                stacklevel=2,
+            )
 
     def _scan_tables(self) -> None:
         tables = {stage: self.root / f"{split}.csv" for stage, split in self.splits.items()}
@@ -338,7 +378,7 @@ class ImageData(pl.LightningDataModule):
                 raise FileNotFoundError(
                     f"there is no {absent[0]}; {self.root} must hold {tables['train'].name} and {tables['val'].name}"
                 )
-            rows = {stage: self._read_table(path) for stage, path in tables.items() if path.is_file()}
+            rows = {stage: self._read_table(tables[stage]) for stage in ("train", "val")}
         elif self.val_fraction is None:
             every = self._read_table(one)
             rows = {stage: [row for row in every if row.split == split] for stage, split in self.splits.items()}
@@ -349,23 +389,30 @@ class ImageData(pl.LightningDataModule):
                     "or val_fraction must say how much of it is for validation"
                 )
         else:
-            every, (train, val, test) = self._read_table(one), self.splits.values()
+            every, (train, val, _) = self._read_table(one), self.splits.values()
             if any(row.split == val for row in every):
                 raise ValueError(f"{one} says which images are for validation ({val}), and val_fraction too; give one")
             rows = {"train": [row for row in every if row.split in ("", train)]}
-            rows["test"] = [row for row in every if row.split == test]
-            if self.root.is_dir() and tables["test"].is_file():
-                rows["test"] += self._read_table(tables["test"])
+            rows["test"] = [row for row in every if row.split == self.splits["test"]]
         classes = find_classes(rows["train"])
-        bases = {stage: Table(part, classes, self.multi_label) for stage, part in rows.items() if part}
+        test = rows.pop("test", [])
+        bases = {stage: Table(part, classes, self.multi_label) for stage, part in rows.items()}
         self.stages = {stage: (base, range(len(base))) for stage, base in bases.items()}
         if self.val_fraction is not None:
-            chosen, held_out = split_by_class(bases["train"].targets, self.val_fraction, self.split_seed)
+            names = () if self.multi_label else classes
+            chosen, held_out = split_by_class(bases["train"].targets, self.val_fraction, self.split_seed, names)
             self.stages |= {"train": (bases["train"], chosen), "val": (bases["train"], held_out)}
+        else:
+            self._warn_of_empty("val")
+        apart = self.root.is_dir() and tables["test"].is_file()
+        if test or apart:
+            self._open_test(
+                lambda: Table(test + (self._read_table(tables["test"]) if apart else []), classes, self.multi_label)
+            )
         self.class_names, self.num_classes = classes, len(classes)
 
     def _read_table(self, path: Path) -> list[Row]:
-        return read_table(path, *self.columns, self.label_separator)
+        return read_table(path, *self.columns, self.label_separator, unlabelled=self.splits["test"])
 
     def _open_timm(self, root: str) -> None:
         for stage in ("train", "val"):
@@ -379,7 +426,7 @@ class ImageData(pl.LightningDataModule):
     def _scan_latents(self) -> None:
         base = LatentShards(self.root, self.splits["train"])
         if self.val_fraction is not None:
-            train, val = split_by_class(base.targets, self.val_fraction, self.split_seed)
+            train, val = split_by_class(base.targets, self.val_fraction, self.split_seed, base.classes)
             self.stages = {"train": (base, train), "val": (base, val)}
         else:
             held_out = LatentShards(self.root, self.splits["val"])
@@ -404,7 +451,8 @@ class ImageData(pl.LightningDataModule):
             self.class_names = list(train.classes)
             self.stages = {"train": (train, range(len(train))), "val": (test, range(len(test)))}
             if self.val_fraction is not None:
-                chosen, held_out = split_by_class(list(train.targets), self.val_fraction, self.split_seed)
+                targets = list(train.targets)
+                chosen, held_out = split_by_class(targets, self.val_fraction, self.split_seed, train.classes)
                 self.stages |= {
                     "train": (train, chosen),
                     "val": (train, held_out),
@@ -445,21 +493,44 @@ class ImageData(pl.LightningDataModule):
         channels, *size = config["input_size"]
         size = [self.view["img_size"]] * 2 if self.view["img_size"] else size
         for name in ("mean", "std"):
-            values = tuple(config[name])
-            if len(values) != channels:
-                values = (sum(values) / len(values),) * channels
-            config[name] = values
+            given = self.view[name]
+            if given is not None and len(given) not in (1, channels):
+                raise ValueError(f"{name} must be of 1 or {channels} numbers, as the model takes images, got {given}")
+            config[name] = spread(tuple(config[name]), channels)
         return {key: config[key] for key in ("mean", "std", "interpolation", "crop_pct")} | {
             "input_size": (channels, *size)
         }
 
+    def check_images(self, model: dict[str, Any]) -> None:
+        """Raise ValueError when images cannot be prepared for a model of that configuration as is asked here."""
+        config = self.data_config(model)
+        if self.dataset != "latents":
+            channels = config["input_size"][0]
+            mode = mode_of(channels)
+            if self.augmentation["auto_augment"] and mode == "RGBA":
+                raise ValueError(f"auto_augment works on gray and RGB images, the model takes {channels} channels")
+
+    def _transform(self, config: dict[str, Any], training: bool) -> Any:
+        """What prepares an image.
+
+        With no_aug, training images are prepared as for evaluation. With scale and ratio (1, 1) they are cropped as
+        for evaluation with crop_pct 1, which is all of an image that is as wide and high as the model's.
+        """
+        if not training or self.augmentation["no_aug"]:
+            return create_transform(**config, is_training=False)
+        transform: Any = create_transform(**config, is_training=True, **self.augmentation)
+        keep_a_bit(transform)
+        if self.augmentation["scale"] == self.augmentation["ratio"] == (1, 1):
+            whole: Any = create_transform(**{**config, "crop_pct": 1.0}, is_training=False)
+            transform.transforms[:1] = whole.transforms[:2]  # resize and centre crop instead of the random resized crop
+        return transform
+
     def _loader(self, stage: str) -> DataLoader:
         training, config = stage == "train", self.data_config()
-        mode = "L" if config["input_size"][0] == 1 else "RGB"
         transform: Any = None
+        mode = ""
         if self.dataset != "latents":
-            transform = create_transform(**config, is_training=training, **(self.augmentation if training else {}))
-            keep_a_bit(transform)
+            transform, mode = self._transform(config, training), mode_of(config["input_size"][0])
         batch_size = self.batch_size if training else self.eval_batch_size
         trainer = self.trainer
         world, rank = (trainer.world_size, trainer.global_rank) if trainer else (1, 0)
@@ -477,7 +548,7 @@ class ImageData(pl.LightningDataModule):
             )
             dataset.transform = transform
         else:
-            base, indices = self.stages.get(stage, self.stages["val"])
+            base, indices = self._stage(stage)
             if self.dataset == "latents":
                 hflip = 0.0 if self.augmentation["no_aug"] else self.augmentation["hflip"]
                 dataset = Latents(base, indices, hflip, self.seed)
@@ -524,13 +595,13 @@ class ImageData(pl.LightningDataModule):
         if self.is_timm or self.dataset == "latents":
             raise ValueError(f"there are no images to choose from in the dataset {self.dataset!r}; a folder works")
         self.setup("predict")
-        base, indices = self.stages.get(split, self.stages["val"])
+        base, indices = self._stage(split)
         if number is not None and number < len(indices):
             order = torch.randperm(len(indices), generator=torch.Generator().manual_seed(self.split_seed))
             indices = [indices[i] for i in order[:number].tolist()]
         half = (0.5,) * input_size[0]
         transform = create_transform(input_size, interpolation="bicubic", crop_pct=1.0, mean=half, std=half)
-        images = Images(base, indices, transform, "L" if input_size[0] == 1 else "RGB")
+        images = Images(base, indices, transform, mode_of(input_size[0]))
         return DataLoader(images, self.eval_batch_size, num_workers=self.num_workers, collate_fn=images.collate)
 
     def train_dataloader(self) -> DataLoader:
@@ -540,6 +611,8 @@ class ImageData(pl.LightningDataModule):
         return self._loader("val")
 
     def test_dataloader(self) -> DataLoader:
+        if self.trainer is not None and "test" in self.stages:
+            self._warn_of_empty("test")
         return self._loader("test")
 
     def predict_dataloader(self) -> DataLoader:
@@ -566,6 +639,47 @@ class ImageData(pl.LightningDataModule):
             if bad.path not in self.warned:
                 self.warned.add(bad.path)
                 warnings.warn(f"left out: {bad}", stacklevel=2)
+
+
+def check_view(mean: Any, std: Any, interpolation: str | None, crop_pct: float | None) -> None:
+    """Raise ValueError when images cannot be seen like this; the arguments are those of ``ImageData``."""
+    if mean is not None:
+        check_numbers("mean", mean)
+    if std is not None:
+        check_numbers("std", std, above=0)
+    if interpolation is not None and interpolation not in INTERPOLATIONS:
+        raise ValueError(
+            f"interpolation must be one of {', '.join(INTERPOLATIONS)}, or null for the model's, got {interpolation!r}"
+        )
+    if crop_pct is not None:
+        check_number("crop_pct", crop_pct, above=0, most=1)
+
+
+def check_augmentation(
+    scale: Any, ratio: Any, hflip: float, color_jitter: float | None, auto_augment: str | None, re_prob: float
+) -> None:
+    """Raise ValueError when images cannot be augmented like this; the arguments are those of ``ImageData``."""
+    check_range("scale", scale, above=0, most=1)
+    check_range("ratio", ratio, above=0)
+    check_number("hflip", hflip, 0, 1)
+    check_number("re_prob", re_prob, 0, 1)
+    if color_jitter is not None:
+        check_number("color_jitter", color_jitter, 0)
+    known = isinstance(auto_augment, str) and AUTO_AUGMENT.fullmatch(auto_augment)
+    if auto_augment is not None and not known:
+        raise ValueError(
+            "auto_augment must be a policy of timm such as rand-m9-mstd0.5-inc1, augmix-m5-w4-d2, original, originalr, "
+            f"v0, v0r or 3a, or null for none, got {auto_augment!r}"
+        )
+
+
+def spread(values: tuple[float, ...], channels: int) -> tuple[float, ...]:
+    """Statistics of so many channels: those of RGB with 0.5 for alpha, else their mean for each channel."""
+    if len(values) == channels:
+        return values
+    if (len(values), channels) == (3, 4):
+        return (*values, 0.5)
+    return (sum(values) / len(values),) * channels
 
 
 class OutliveSignals:

@@ -4,11 +4,14 @@ import contextlib
 import csv
 import os
 import random
+import stat
 import struct
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -22,7 +25,29 @@ from torchvision import datasets as tv_datasets
 from torchvision import transforms
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-NO_NEWS = {"Thumbs.db", "desktop.ini"}  # in folders of images
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # Pillow's names of those that are read
+MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # Pillow's names of images of so many channels
+DECODING_ERRORS = (  # what Pillow's decoders raise for files that are damaged, or made to damage
+    *(OSError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError, AssertionError),
+    *(EOFError, BufferError, MemoryError, RuntimeError, struct.error, zlib.error, Image.DecompressionBombError),
+)
+LEFT_BEHIND = {  # what other programs leave in folders, in lower case, beside names that begin with a dot
+    *("thumbs.db", "ehthumbs.db", "desktop.ini", "$recycle.bin", "system volume information"),  # Windows
+    *("__macosx", "icon\r", "network trash folder", "temporary items"),  # macOS
+    *("lost+found", "lost.dir", "@eadir", "#recycle", "#snapshot", "@recycle", "@recently-snapshot", "@__thumb"),
+}
+
+OF_OTHERS = "what other programs leave behind"
+
+
+def is_left_behind(name: str) -> bool:
+    """Whether a file or folder of that name, without its path, is hidden or what other programs leave behind."""
+    return name.startswith(".") or name.lower() in LEFT_BEHIND
+
+
+def is_image(file: str) -> bool:
+    """Whether a file is an image by its name."""
+    return file.lower().endswith(IMG_EXTENSIONS)
 
 
 def printable(text: str) -> str:
@@ -74,21 +99,25 @@ class Images(Dataset):
         """A sample, not normalized yet. Leaves the random generators in a state of its own if an epoch is given."""
         epoch, number = index if isinstance(index, tuple) else (None, index)
         position = self.indices[number]
-        doing = "read"
         try:
             image, target = self.base[position]
             image = to_mode(image, self.mode)
-            doing = "transform"
+        except DECODING_ERRORS as error:
+            return BadImage(self.name_of(position), say_why(error))
+        try:
             if epoch is not None:
                 seed = int(np.random.SeedSequence((self.seed, epoch, number)).generate_state(1)[0])
                 random.seed(seed)
                 np.random.seed(seed)  # noqa: NPY002 - the generator that timm's transforms draw from
                 torch.default_generator.manual_seed(seed)  # torch.manual_seed notes a traceback for each kind of GPU
             return self.transform(image), target
-        except (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError) as error:
-            samples = getattr(self.base, "samples", None)
-            path = samples[position][0] if samples else f"number {position}"
-            return BadImage(str(path), say_why(error), doing)
+        except (OSError, ValueError) as error:
+            return BadImage(self.name_of(position), say_why(error), "transform")
+
+    def name_of(self, position: int) -> str:
+        """What an image of the dataset is called in messages: its path, where it has one."""
+        samples = getattr(self.base, "samples", None)
+        return str(samples[position][0]) if samples else f"number {position}"
 
     def collate(self, samples: list[tuple[Tensor, int | Tensor] | BadImage]) -> "Batch":
         """What a DataLoader makes of the samples of a batch."""
@@ -151,18 +180,54 @@ def say_why(error: Exception) -> str:
     """Why an image cannot be used, without its path."""
     if isinstance(error, UnidentifiedImageError):
         return "it is no image, or of a kind that is not read"
-    return getattr(error, "strerror", None) or str(error)
+    if isinstance(error, (OSError, SyntaxError, ValueError, Image.DecompressionBombError)) and str(error):
+        return getattr(error, "strerror", None) or str(error)
+    return f"its decoder fails with {type(error).__name__}: {error}".removesuffix(": ")
 
 
-def open_image(path: str) -> Image.Image:
-    """The image in memory, its file closed."""
-    with Image.open(path) as image:
+def open_image(source: str | BinaryIO) -> Image.Image:
+    """The image of a file in memory, upright as its EXIF orientation says. No other program takes part in it.
+
+    Raises:
+        DECODING_ERRORS: it is no image of one of FORMATS, or a damaged one.
+    """
+    if isinstance(source, str) and not stat.S_ISREG(os.stat(source).st_mode):
+        raise ValueError("it is no regular file")  # reading a pipe would wait for whoever writes into it
+    with Image.open(source, formats=FORMATS) as image:
+        scale_transparency(image)
         image.load()
+        with contextlib.suppress(*DECODING_ERRORS):  # damaged EXIF says nothing; the pixels are good
+            ImageOps.exif_transpose(image, in_place=True)
         return image
 
 
+def scale_transparency(image: Any) -> None:
+    """Bring the transparent colour of a PNG to 8 bits a channel; Pillow does this with its pixels alone."""
+    pixels = image.tile[0][3] if image.format == "PNG" and image.tile else None
+    color = image.info.get("transparency")
+    if pixels in ("L;2", "L;4") and color is not None:
+        image.info["transparency"] = color * {"L;2": 85, "L;4": 17}[pixels]
+    elif pixels == "RGB;16B" and color is not None:
+        image.info["transparency"] = tuple(value >> 8 for value in color)
+
+
+def mode_of(channels: int) -> str:
+    """Pillow's name of images of so many channels.
+
+    Raises:
+        ValueError: there are none.
+    """
+    if channels not in MODES:
+        raise ValueError(
+            f"images are read with 1 (gray), 3 (RGB) or 4 channels (RGBA), the model takes {channels} (in_chans)"
+        )
+    return MODES[channels]
+
+
 def to_mode(image: Image.Image, mode: str) -> Image.Image:
-    """The image in ``mode`` (``RGB`` or ``L``), 8 bits a channel; Pillow would turn 16 bits into white.
+    """The image in ``mode`` (``RGB``, ``L`` or ``RGBA``), 8 bits a channel; Pillow would turn 16 bits into white.
+
+    Where there is no channel for it, transparency is laid over white, whatever colour is behind it.
 
     Raises:
         ValueError: its pixels are floats or 32-bit integers.
@@ -171,16 +236,25 @@ def to_mode(image: Image.Image, mode: str) -> Image.Image:
         values = np.asarray(image).astype(np.int64)
         if values.min(initial=0) < 0 or values.max(initial=0) > 65535:
             raise ValueError("its pixels are 32-bit integers; 8 or 16 bits a channel would work")
+        transparent = image.info.get("transparency")
         image = Image.fromarray(((values + 128) // 257).astype(np.uint8))
+        if transparent is not None:
+            image.putalpha(Image.fromarray(np.where(values == transparent, 0, 255).astype(np.uint8)))
     elif image.mode == "F":
         raise ValueError("its pixels are floats; 8 or 16 bits a channel would work")
-    elif image.mode == "P" and "transparency" in image.info:
+    if image.has_transparency_data:
+        image = image.convert("LA") if image.mode == "La" else image
         image = image.convert("RGBA")
+        if mode != "RGBA":
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert(mode)
 
 
-def walk_files(folder: Path) -> Iterator[str]:
+def walk_files(folder: Path, left_behind: list[str] | None = None) -> Iterator[str]:
     """The files below a folder in the order of torchvision's ImageFolder; links are followed, each folder is read once.
+
+    What other programs leave behind is passed over; names of it that stand for images, and of folders, are put into
+    ``left_behind``.
 
     Raises:
         PermissionError: a folder cannot be read.
@@ -194,44 +268,97 @@ def walk_files(folder: Path) -> Iterator[str]:
         about = os.stat(place)
         if (about.st_dev, about.st_ino) in seen:
             folders.clear()  # a link that leads back
-        else:
-            folders.sort()
-            seen.add((about.st_dev, about.st_ino))
-            places.append((place, sorted(files)))
+            continue
+        seen.add((about.st_dev, about.st_ino))
+        if left_behind is not None:
+            left_behind += [name for name in folders if is_left_behind(name)]
+            left_behind += [name for name in files if is_left_behind(name) and is_image(name)]
+        folders[:] = sorted(name for name in folders if not is_left_behind(name))
+        places.append((place, sorted(name for name in files if not is_left_behind(name))))
     for place, files in sorted(places):
         yield from (os.path.join(place, file) for file in files)
 
 
 class Folder(tv_datasets.ImageFolder):
-    """ImageFolder that knows which files it leaves out, and does not follow a link round and round."""
+    """ImageFolder that knows which files it leaves out, and does not follow a link round and round.
+
+    Args:
+        folder: with one subfolder per class.
+        classes: names of the classes, for another part of the same data; None takes the subfolders.
+
+    Attributes:
+        left_out: names of files that are no images by their names.
+        left_behind: names of what other programs leave behind, where it could be taken for images or classes.
+        unknown: names of subfolders that are none of ``classes``.
+    """
+
+    def __init__(self, folder: Path, classes: list[str] | None = None):
+        self.given = classes
+        self.left_out: list[str] = []
+        self.left_behind: list[str] = []
+        self.unknown: list[str] = []
+        super().__init__(str(folder), allow_empty=True, loader=open_image)
+
+    def find_classes(self, directory: Any) -> tuple[list[str], dict[str, int]]:
+        there = sorted(entry.name for entry in os.scandir(directory) if entry.is_dir())
+        self.left_behind += [name for name in there if is_left_behind(name)]
+        there = [name for name in there if not is_left_behind(name)]
+        if not there:
+            raise ValueError(f"there is no class folder in {directory}; it must hold one subfolder per class")
+        classes = there if self.given is None else self.given
+        self.unknown = sorted(set(there) - set(classes))
+        return classes, {name: number for number, name in enumerate(classes)}
 
     def make_dataset(self, directory: Any, class_to_idx: dict[str, int], *_: Any, **__: Any) -> list[tuple[str, int]]:  # type: ignore[override]
-        files = [(path, target) for name, target in class_to_idx.items() for path in walk_files(Path(directory) / name)]
-        samples = [sample for sample in files if sample[0].lower().endswith(IMG_EXTENSIONS)]
-        names = [os.path.basename(path) for path, _ in files if not path.lower().endswith(IMG_EXTENSIONS)]
-        self.left_out = [name for name in names if name not in NO_NEWS and not name.startswith(".")]
-        return samples
+        places = [(Path(directory) / name, target) for name, target in class_to_idx.items()]
+        files = [(p, target) for place, target in places if place.is_dir() for p in walk_files(place, self.left_behind)]
+        self.left_out = [os.path.basename(path) for path, _ in files if not is_image(path)]
+        return [sample for sample in files if is_image(sample[0])]
+
+    @property
+    def empty(self) -> list[str]:
+        """Names of the classes without images."""
+        found = {target for _, target in self.samples}
+        return [name for target, name in enumerate(self.classes) if target not in found]
 
 
-def open_folder(folder: Path) -> Folder:
+def open_folder(folder: Path, like: Folder | None = None) -> Folder:
     """One subfolder per class, as torchvision's ImageFolder, with one clear line for what is missing.
 
+    Args:
+        folder: with the subfolders.
+        like: the training images, where these are another part of the same data: classes have the numbers that they
+            have there, and may be without images here.
+
     Raises:
-        ValueError: there is no subfolder, or no image in one of them.
+        ValueError: there is no subfolder, or no image in one of them, or one that ``like`` has not.
         PermissionError: a folder cannot be read.
     """
-    classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
-    if not classes:
-        raise ValueError(f"there is no class folder in {folder}; it must hold one subfolder per class")
-    base = Folder(str(folder), allow_empty=True, loader=open_image)
-    found = {target for _, target in base.samples}
-    empty = [name for target, name in enumerate(base.classes) if target not in found]
-    if empty:
+    base = Folder(folder, like.classes if like else None)
+    if base.unknown and like:
         raise ValueError(
-            f"there is no image in the class folder {folder / empty[0]}"
-            + (f" (nor in {len(empty) - 1} more)" if len(empty) > 1 else "")
+            f"the class folders of {Path(like.root).name} and {folder.name} differ: {', '.join(base.unknown)}"
+        )
+    if base.empty and (like is None or not base.samples):
+        raise ValueError(
+            f"there is no image in the class folder {folder / base.empty[0]}"
+            + (f" (nor in {len(base.empty) - 1} more)" if len(base.empty) > 1 else "")
         )
     return base
+
+
+def warn_of_left_out(folders: Iterable[Folder], place: str | Path) -> None:
+    """Say which files of folders are left out: those that are no images, and what other programs left behind."""
+    folders = list(folders)
+    say_left_out("no images by their names", (name for folder in folders for name in folder.left_out), place)
+    say_left_out(OF_OTHERS, (name for folder in folders for name in folder.left_behind), place)
+
+
+def say_left_out(why: str, names: Iterable[str], place: str | Path) -> None:
+    names = sorted(set(names))
+    if names:
+        shown = ", ".join(map(repr, names[:3])) + ", ..." * (len(names) > 3)
+        warnings.warn(f"left out, {why}: {shown} ({len(names)} in {place})", stacklevel=4)
 
 
 @dataclass
@@ -243,19 +370,24 @@ class Row:
     split: str
 
 
-def read_table(path: Path, file_column: str, label_column: str, separator: str | None = None) -> list[Row]:
+def read_table(
+    path: Path, file_column: str, label_column: str, separator: str | None = None, unlabelled: str | None = None
+) -> list[Row]:
     """The rows of a CSV file with a header line; files are relative to its folder.
+
+    Rows of files that other programs leave behind, by their names below the folder of all files, are left out.
 
     Args:
         path: of the CSV file, in UTF-8.
         file_column: name of the column of files.
         label_column: name of the column of labels.
         separator: between the labels of an image; None for exactly one label an image.
+        unlabelled: the split whose rows may be without a label.
 
     Raises:
         ValueError: no such columns, a row without file or label, a file that is not there.
     """
-    rows, missing = [], []
+    rows: dict[int, Row] = {}
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file)
@@ -267,41 +399,52 @@ def read_table(path: Path, file_column: str, label_column: str, separator: str |
                 )
             for cells in reader:
                 name, label = (cells[column] or "" for column in (file_column, label_column))
-                labels = (
-                    (label.strip(),)
-                    if separator is None
-                    else tuple(filter(None, map(str.strip, label.split(separator))))
-                )
-                if not name or labels == ("",):
+                split = (cells.get("split") or "").strip()
+                given = [label] if separator is None else label.split(separator)
+                labels = tuple(filter(None, map(str.strip, given)))
+                if not name or not (labels or separator or (split and split == unlabelled)):
                     raise ValueError(f"{path}, line {reader.line_num}: no {'label' if name else 'file'}")
-                image = path.parent / name
-                if not image.is_file():
-                    missing.append(f"{path}, line {reader.line_num}: there is no file {image}")
-                rows.append(Row(str(image), labels, (cells.get("split") or "").strip()))
+                rows[reader.line_num] = Row(str(path.parent / name), labels, split)
     except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"{path} is no CSV file in UTF-8: {error}") from error
+    left_behind = find_left_behind([row.file for row in rows.values()])
+    say_left_out(OF_OTHERS, left_behind, path)
+    rows = {line: row for line, row in rows.items() if row.file not in left_behind}
+    missing = [(line, row.file) for line, row in rows.items() if not os.path.isfile(row.file)]
     if missing:
-        raise ValueError(missing[0] + (f" (nor {len(missing) - 1} more)" if len(missing) > 1 else ""))
+        line, name = missing[0]
+        more = f" (nor {len(missing) - 1} more)" if len(missing) > 1 else ""
+        raise ValueError(f"{path}, line {line}: there is no file {name}{more}")
     if not rows:
         raise ValueError(f"there is no image in {path}")
-    return rows
+    return list(rows.values())
+
+
+def find_left_behind(files: Sequence[str]) -> set[str]:
+    """Those of the files that other programs leave behind: by their names and those of folders that not all share."""
+    full = {file: os.path.abspath(file) for file in files}
+    top = len(os.path.commonpath(map(os.path.dirname, full.values()))) if files else 0
+    return {file for file, path in full.items() if any(map(is_left_behind, path[top:].split(os.sep)))}
 
 
 def find_classes(rows: Sequence[Row]) -> list[str]:
-    """The labels of the rows, each once, sorted: as numbers where all are."""
-    labels = {label for row in rows for label in row.labels}
-    return sorted(labels, key=int) if all(label.isdecimal() for label in labels) else sorted(labels)
+    """The labels of the rows, each once, sorted: as numbers where all are, and by their text where these are equal."""
+    labels = sorted({label for row in rows for label in row.labels})
+    return sorted(labels, key=int) if all(label.isdecimal() for label in labels) else labels
 
 
 class Table(Dataset):
     """The images of a table's rows; a target is a class number, or with ``multi_label`` (K,), one where a label is.
 
     Raises:
-        ValueError: a label that is none of the classes.
+        ValueError: a label that is none of the classes, or a row without a label.
     """
 
     def __init__(self, rows: Sequence[Row], classes: list[str], multi_label: bool = False):
         self.classes, self.multi_label = classes, multi_label
+        bare = None if multi_label else next((row.file for row in rows if not row.labels), None)
+        if bare is not None:
+            raise ValueError(f"there is no label of {bare}")
         numbers = {name: number for number, name in enumerate(classes)}
         unknown = [(row.file, label) for row in rows for label in row.labels if label not in numbers]
         if unknown:
@@ -311,6 +454,12 @@ class Table(Dataset):
         self.labels = [tuple(numbers[label] for label in row.labels) for row in rows]
         self.targets = [0 if multi_label else labels[0] for labels in self.labels]  # what a split is balanced by
         self.samples = [(row.file, target) for row, target in zip(rows, self.targets, strict=True)]
+
+    @property
+    def empty(self) -> list[str]:
+        """Names of the classes without images."""
+        found = {label for labels in self.labels for label in labels}
+        return [name for label, name in enumerate(self.classes) if label not in found]
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -324,15 +473,28 @@ class Table(Dataset):
         )
 
 
-def split_by_class(targets: Sequence[int], fraction: float, seed: int) -> tuple[list[int], list[int]]:
-    """Indices to keep and indices to hold out: ``fraction`` of each class, at least one, chosen by seed."""
+def split_by_class(
+    targets: Sequence[int], fraction: float, seed: int, names: Sequence[str] = ()
+) -> tuple[list[int], list[int]]:
+    """Indices to keep and indices to hold out: ``fraction`` of each class, at least one, chosen by seed.
+
+    Args:
+        targets: number of the class of each image.
+        fraction: between 0 and 1.
+        seed: of the choice.
+        names: of the classes, for the message.
+
+    Raises:
+        ValueError: a class has 1 image.
+    """
     generator = torch.Generator().manual_seed(seed)
     labels = torch.as_tensor(targets)
     held_out = torch.zeros(len(labels), dtype=torch.bool)
-    for label in labels.unique():
+    for label in labels.unique().tolist():
         members = (labels == label).nonzero().squeeze(1)
         if len(members) < 2:
-            raise ValueError(f"class number {int(label)} has 1 image, too few to split for validation")
+            name = repr(names[label]) if names else f"number {label}"
+            raise ValueError(f"class {name} has 1 image, too few to split for validation")
         count = min(max(round(fraction * len(members)), 1), len(members) - 1)
         held_out[members[torch.randperm(len(members), generator=generator)[:count]]] = True
     return (~held_out).nonzero().squeeze(1).tolist(), held_out.nonzero().squeeze(1).tolist()

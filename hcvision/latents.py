@@ -13,15 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from timm.data import create_transform
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
+from hcvision.arguments import check_number, check_numbers
 from hcvision.data import LATENT_FORMAT, LatentShards, count_workers
 from hcvision.diffusion import SeededNoise
-from hcvision.images import Images, open_folder
-from hcvision.runs import pick_device
+from hcvision.images import Images, open_folder, warn_of_left_out
+from hcvision.runs import UNREADABLE, pick_device
 
 
 @cache
@@ -29,22 +31,60 @@ def load_vae(name: str) -> nn.Module:
     """diffusers' AutoencoderKL by the name of its repository or the path of its folder.
 
     Raises:
-        ValueError: diffusers is not installed, or there is no such VAE.
+        ValueError: diffusers is not installed, there is no such VAE, or it is of another class, of other images than
+            RGB, or its folder does not hold all of its weights.
     """
     try:
         from diffusers import AutoencoderKL
+        from diffusers.utils import logging
     except ImportError as error:
         raise ValueError("latents need diffusers: pip install 'hcvision[latents]'") from error
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)  # what it warns of is an error here
     try:
-        vae: nn.Module = AutoencoderKL.from_pretrained(name, low_cpu_mem_usage=False)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+        kind = AutoencoderKL.load_config(name).get("_class_name", AutoencoderKL.__name__)
+        if kind != AutoencoderKL.__name__:
+            raise ValueError(f"it is of the class {kind}, and AutoencoderKL is what latents are made with")
+        vae, found = AutoencoderKL.from_pretrained(name, low_cpu_mem_usage=False, output_loading_info=True)
+        for what in ("missing", "mismatched", "unexpected"):
+            keys = found[f"{what}_keys"]
+            if keys:
+                raise ValueError(f"its weights are of another model: {len(keys)} {what}, such as {sorted(keys)[0]}")
+        check_statistics(vae.config)
+        if (vae.config.in_channels, vae.config.out_channels) != (3, 3):
+            raise ValueError(f"it takes images of {vae.config.in_channels} channels, not of 3")
+    except (*UNREADABLE, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:300]
+        if not isinstance(error, (OSError, ValueError)):
+            reason = f"{type(error).__name__}: {reason}"
+        if Path(name).exists():
+            raise ValueError(f"{name} is no VAE that can be used: {reason}") from error
         raise ValueError(f"there is no VAE {name!r}, neither a folder nor in reach on the hub: {reason}") from error
+    finally:
+        logging.set_verbosity(verbosity)
     return vae.eval().requires_grad_(False)
 
 
-def scale_and_shift(vae: Any) -> tuple[float, float]:
-    return float(vae.config.scaling_factor), float(getattr(vae.config, "shift_factor", None) or 0.0)
+def check_statistics(config: Any) -> None:
+    """Raise ValueError when what a VAE's configuration says of its latents cannot be meant."""
+    check_number("its scaling_factor", config.scaling_factor, above=0)
+    check_number("its shift_factor", config.shift_factor or 0)
+    for name, least in (("latents_mean", {}), ("latents_std", {"above": 0})):
+        if config[name] is not None:
+            check_numbers(f"its {name}", config[name], config.latent_channels, **least)
+    if config.shift_factor and config.latents_mean is not None:
+        raise ValueError("it has both a shift_factor and latents_mean")
+
+
+def scale_and_shift(vae: Any) -> tuple[Any, Any]:
+    """What a model sees of latents z is (z - shift) * scale: numbers, or tensors (C, 1, 1)."""
+    config = vae.config
+    scale, shift = config.scaling_factor, config.shift_factor or 0.0
+    if config.latents_mean is not None:
+        shift = torch.tensor(config.latents_mean, device=vae.device).view(-1, 1, 1)
+    if config.latents_std is not None:
+        scale = scale / torch.tensor(config.latents_std, device=vae.device).view(-1, 1, 1)
+    return scale, shift
 
 
 @torch.no_grad()
@@ -95,14 +135,24 @@ def encode_folder(
         FileNotFoundError: there is no such folder.
     """
     for name, value in {"image_size": image_size, "batch_size": batch_size, "shard_size": shard_size}.items():
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
+        check_number(name, value, 1, whole=True)
+    check_number("seed", seed, 0, whole=True)
+    if num_workers is not None:
+        check_number("num_workers", num_workers, 0, whole=True)
     if not Path(root).is_dir():
         raise FileNotFoundError(f"there is no folder {root}; root must hold the images")
     folders = {split: Path(root) / split for split in ("train", "val") if (Path(root) / split).is_dir()}
-    bases = {split: open_folder(folder) for split, folder in (folders or {"train": Path(root)}).items()}
+    bases: dict[str, Any] = {}
+    for split, folder in (folders or {"train": Path(root)}).items():
+        bases[split] = open_folder(folder, bases.get("train"))
+    warn_of_left_out(bases.values(), root)
     device = pick_device(device)
     model: Any = load_vae(vae).to(device)
+    factor = 2 ** (len(model.config.block_out_channels) - 1)
+    if image_size % factor:
+        raise ValueError(
+            f"image_size must be a multiple of {factor}, by which {vae} makes images smaller, got {image_size}"
+        )
     pixels = (image_size, image_size)
     transform = create_transform((3, *pixels), crop_pct=1.0, interpolation="bicubic", mean=(0.5,) * 3, std=(0.5,) * 3)
     workers = count_workers(num_workers)

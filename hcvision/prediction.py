@@ -22,10 +22,11 @@ from torch.utils.data import DataLoader
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
+from hcvision.arguments import check_number
 from hcvision.convert import create_model
 from hcvision.data import ImageData, count_workers
 from hcvision.dit import DiT
-from hcvision.images import BadImage, Images, open_image, walk_files
+from hcvision.images import BadImage, Images, is_image, is_left_behind, mode_of, open_image, walk_files
 from hcvision.runs import best_checkpoint, checkpoint_folder, pick_device, read_checkpoint, write_whole
 from hcvision.training import ImageClassifier, ImageGenerator, TimmModule
 
@@ -69,7 +70,7 @@ class Classifier:
     def dataset(self, base: Any, indices: Sequence[int]) -> Images:
         """Chosen images of a dataset, prepared as for validation."""
         transform: Any = create_transform(**self.data_config, is_training=False)
-        return Images(base, indices, transform, "L" if self.data_config["input_size"][0] == 1 else "RGB")
+        return Images(base, indices, transform, mode_of(self.data_config["input_size"][0]))
 
 
 def load_classifier(source: str, weights: str = "ema") -> Classifier:
@@ -221,7 +222,7 @@ def find_images(patterns: Iterable[str]) -> list[Path]:
 
     Args:
         patterns: files, which are taken whatever they are called; folders, for the images in them and in theirs, in
-            order; and patterns such as ``photos/**/*.jpg``.
+            order; and patterns such as ``photos/**/*.jpg``. What other programs leave in folders is passed over.
 
     Raises:
         ValueError: there is nothing, or a folder has no image in it.
@@ -234,9 +235,9 @@ def find_images(patterns: Iterable[str]) -> list[Path]:
             raise ValueError(f"there is no {pattern!r}: neither a file, nor a folder, nor a pattern that fits any")
         files = [place for place in places if not os.path.isdir(place)]
         if len(places) > 1:
-            files = [file for file in files if _is_image(file)] or files
+            files = [file for file in files if is_image(file)] or files
         for place in places:
-            files += [file for file in walk_files(Path(place)) if _is_image(file)] if os.path.isdir(place) else []
+            files += [file for file in walk_files(Path(place)) if is_image(file)] if os.path.isdir(place) else []
         if not files:
             raise ValueError(f"there is no image in {pattern!r}; they end in {', '.join(IMG_EXTENSIONS)}")
         found |= dict.fromkeys(map(Path, files))
@@ -244,14 +245,17 @@ def find_images(patterns: Iterable[str]) -> list[Path]:
 
 
 def _fitting(pattern: str) -> list[str]:
-    """What fits a pattern, in order. ``**`` follows no links, which may lead round and round."""
+    """What fits a pattern, in order, without what other programs leave behind, unless the pattern names it.
+
+    ``**`` follows no links, which may lead round and round.
+    """
     parts = Path(pattern).parts
     fixed = len(list(itertools.takewhile(lambda part: not set(part) & set("*?["), parts)))
-    return sorted(map(str, Path(*parts[:fixed]).glob("/".join(parts[fixed:])))) if fixed < len(parts) else []
-
-
-def _is_image(file: str) -> bool:
-    return file.lower().endswith(IMG_EXTENSIONS)
+    if fixed == len(parts):
+        return []
+    found = Path(*parts[:fixed]).glob("/".join(parts[fixed:]))
+    named = any(map(is_left_behind, parts[fixed:]))
+    return sorted(str(path) for path in found if named or not any(map(is_left_behind, path.parts[fixed:])))
 
 
 class Files:
@@ -299,8 +303,8 @@ def predict_files(
         ValueError: an argument out of range, or a device that is not there.
     """
     for name, value, least in (("top_k", top_k, 1), ("batch_size", batch_size, 1), ("num_workers", num_workers, 0)):
-        if value is not None and value < least:
-            raise ValueError(f"{name} must be at least {least}, got {value}")
+        if value is not None:
+            check_number(name, value, least, whole=True)
     if precision not in PRECISIONS:
         raise ValueError(f"precision must be {', '.join(PRECISIONS)}, got {precision!r}")
     place = torch.device(pick_device(device))

@@ -10,23 +10,26 @@ import importlib
 import io
 import itertools
 import json
+import lzma
 import os
 import re
 import tarfile
-import zlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from timm.data import create_dataset
 from timm.data.readers.targets import get_field
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from hcvision.images import DECODING_ERRORS, is_left_behind, open_folder, open_image
+
 PACKAGES = {"wds": "webdataset", "hfds": "datasets", "hfids": "datasets"}
-UNREADABLE = (OSError, ValueError, EOFError, tarfile.TarError, zlib.error)
+UNREADABLE = (*DECODING_ERRORS, tarfile.TarError, lzma.LZMAError)
 Sample = tuple[str, Any]  # its name, and what is stored; an exception where that cannot be read
 
 
@@ -218,6 +221,9 @@ class TarShards(Shards):
         lengths: dict[str, int] = {}
         for part in reader.info.get("splits", {}).values():
             lengths |= zip(part["filenames"], part["shard_lengths"], strict=True)
+        command = next((file for file in lengths if "pipe:" in file.lower()), None)
+        if command is not None:
+            raise ValueError(f"_info.json names a command ({command!r}); only --data.train_split and the like may")
         self.names = [file if is_remote(file) else os.path.join(root, file) for file in about.filenames]
         missing = [path for path in self.names if not is_remote(path) and not os.path.isfile(path)]
         if missing:
@@ -235,7 +241,7 @@ class TarShards(Shards):
         tariterators = importlib.import_module("webdataset.tariterators")
         name = self.names[shard]
         with tariterators.gopen.gopen(name) as stream:  # left to webdataset it would stay open
-            files = tariterators.tar_file_expander(iter([{"url": name, "stream": stream}]))
+            files = tariterators.tar_file_expander(iter([{"url": name, "stream": stream}]), select_files=is_kept)
             for stored in tariterators.group_by_keys(files):
                 yield f"{name}: {stored['__key__']}", stored
 
@@ -244,7 +250,7 @@ class TarShards(Shards):
         if content is None:
             raise ValueError(f"there is no image, only {', '.join(key for key in stored if not key.startswith('__'))}")
         label = get_field(json.loads(stored["json"]), self.label) if self.label else stored.get("cls", -1)
-        return decode_image(content), int(label)
+        return open_image(io.BytesIO(content)), int(label)
 
 
 class HubShards(Shards):
@@ -323,16 +329,12 @@ def decode_row(row: dict[str, Any], image: str, label: str) -> tuple[Image.Image
     if content["bytes"] is None:
         with importlib.import_module("fsspec").open(content["path"], "rb") as file:
             content = {"bytes": file.read()}
-    return decode_image(content["bytes"]), -1 if row[label] is None else row[label]
+    return open_image(io.BytesIO(content["bytes"])), -1 if row[label] is None else row[label]
 
 
-def decode_image(content: bytes) -> Image.Image:
-    try:
-        with Image.open(io.BytesIO(content)) as image:
-            image.load()
-            return image
-    except UnidentifiedImageError as error:  # it would name a place in memory
-        raise ValueError("it is no image of a known kind") from error
+def is_kept(member: str) -> bool:
+    """Whether a file of a tar is used: none that is hidden or that other programs leave behind."""
+    return not any(map(is_left_behind, member.removeprefix("./").split("/")))
 
 
 def is_remote(file: str) -> bool:
@@ -362,7 +364,12 @@ def open_dataset(name: str, root: str, split: str, label: str = "label") -> Any:
             return HubShards(rest, root, split, label)
         if kind == "hfds":
             return HubRows(rest, root, split, label)
-        return create_dataset(name, root=root, split=split)
+        if name in ("torch/image_folder", "torch/folder"):
+            return open_folder(Path(create_dataset(name, root=root, split=split, allow_empty=True).root))
+        base = create_dataset(name, root=root, split=split)
+        if hasattr(base, "loader"):
+            base.loader = open_image
+        return base
     except errors as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"cannot open the split {split} of {name} in {root}: {reason}") from error

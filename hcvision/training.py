@@ -274,6 +274,7 @@ class TimmModule(pl.LightningModule):
         multi_label = self.hparams.get("multi_label", False)
         if data.multi_label != multi_label:
             raise ValueError(f"multi_label must be {data.multi_label}, as in the data, got {multi_label}")
+        data.check_images(self.data_config)
         difference = compare_classes(self.initial_classes, data.class_names)
         if difference and not any(name.startswith(self.head_names) for name in self.untouched or ()):
             source = self.hparams["init_from"]

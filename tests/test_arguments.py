@@ -20,11 +20,12 @@ NAN, INFINITY = float("nan"), float("inf")
         (None, {}, "x must be a number, got None"),
         (NAN, {}, "x must be finite, got nan"),
         (INFINITY, {"least": 0}, "x must be at least 0, got inf"),
-        (0, {"least": 0, "exclusive": True}, "x must be above 0, got 0"),
-        (1, {"least": 0, "most": 1, "exclusive": True}, "x must be between 0 and 1, got 1"),
-        (10**400, {"least": 0, "most": 1, "whole": True}, f"x must be from 0 to 1, got {10**400}"),
-        (1.5, {"least": 0, "most": 1}, "x must be from 0 to 1, got 1.5"),
-        (NAN, {"least": 0, "most": 1}, "x must be from 0 to 1, got nan"),
+        (0, {"above": 0}, "x must be above 0, got 0"),
+        (1, {"above": 0, "below": 1}, "x must be above 0 and below 1, got 1"),
+        (0, {"above": 0, "most": 1}, "x must be above 0 and at most 1, got 0"),
+        (10**400, {"least": 0, "most": 1, "whole": True}, f"x must be at least 0 and at most 1, got {10**400}"),
+        (1.5, {"least": 0, "most": 1}, "x must be at least 0 and at most 1, got 1.5"),
+        (NAN, {"least": 0, "most": 1}, "x must be at least 0 and at most 1, got nan"),
     ],
 )
 def test_wrong_numbers(value, span, message):
@@ -47,4 +48,4 @@ def test_wrong_ranges(values):
 @pytest.mark.parametrize("values", [(), "1", 1.0, [1.0, 0], [1.0, NAN], [1.0, "2"]])
 def test_wrong_lists(values):
     with pytest.raises(ValueError, match="x must be"):
-        check_numbers("x", values, least=0, exclusive=True)
+        check_numbers("x", values, above=0)

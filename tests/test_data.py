@@ -11,7 +11,9 @@ from PIL import Image
 
 from hcvision import data
 from hcvision.data import ImageData
-from hcvision.images import BadImage, Batch, collate, posterize, split_by_class
+from hcvision.images import BadImage, Batch, collate, mode_of, posterize, split_by_class, to_mode
+
+NAN = float("nan")
 
 
 def test_folder_gives_every_validation_image_once_in_order(image_folder):
@@ -169,16 +171,236 @@ def test_bad_batch_types_round_trip():
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
         ({"eval_batch_size": -1}, "eval_batch_size must be at least 1, got -1"),
         ({"num_workers": -1}, "num_workers must be at least 0, got -1"),
-        ({"val_fraction": 1.0}, "val_fraction must be between 0 and 1"),
+        ({"val_fraction": 1.0}, "val_fraction must be above 0 and below 1"),
         ({"train_samples": 0}, "train_samples must be at least 1"),
         ({"dataset": "mnist1d"}, "dataset must be one of folder, csv, fashion_mnist, cifar10"),
         ({"dataset": "hfds/uoft-cs/cifar10"}, "num_classes must be given"),
         ({"num_classes": 4}, "num_classes must be 3"),
+        ({"batch_size": True}, "batch_size must be a whole number, got True"),
+        ({"batch_size": 8.0}, "batch_size must be a whole number, got 8.0"),
+        ({"num_workers": "2"}, "num_workers must be a whole number, got '2'"),
+        ({"val_fraction": NAN}, "val_fraction must be above 0 and below 1, got nan"),
+        ({"img_size": 0}, "img_size must be at least 1, got 0"),
+        ({"img_size": -32}, "img_size must be at least 1, got -32"),
+        ({"seed": -1}, "seed must be at least 0, got -1"),
+        ({"split_seed": 0.5}, "split_seed must be a whole number, got 0.5"),
+        ({"hflip": 5}, "hflip must be at least 0 and at most 1, got 5"),
+        ({"hflip": -0.5}, "hflip must be at least 0 and at most 1, got -0.5"),
+        ({"hflip": True}, "hflip must be a number, got True"),
+        ({"re_prob": -1}, "re_prob must be at least 0 and at most 1, got -1"),
+        ({"re_prob": NAN}, "re_prob must be at least 0 and at most 1, got nan"),
+        ({"color_jitter": -0.4}, "color_jitter must be at least 0, got -0.4"),
+        ({"crop_pct": 0}, "crop_pct must be above 0 and at most 1, got 0"),
+        ({"crop_pct": 87.5}, "crop_pct must be above 0 and at most 1, got 87.5"),
+        ({"scale": (2, 1)}, "each number of scale must be above 0 and at most 1, got 2"),
+        ({"scale": (1, 0.5)}, r"scale must be the smaller number and then the larger one, got \(1, 0.5\)"),
+        ({"scale": (0, 1)}, "each number of scale must be above 0 and at most 1, got 0"),
+        ({"scale": 0.5}, "scale must be a list of 2 numbers, got 0.5"),
+        ({"ratio": (4 / 3, 3 / 4)}, "ratio must be the smaller number and then the larger one"),
+        ({"ratio": (-1, 1)}, "each number of ratio must be above 0, got -1"),
+        ({"mean": []}, r"mean must be a list of one or more numbers, got \[\]"),
+        ({"mean": 0.5}, "mean must be a list of one or more numbers, got 0.5"),
+        ({"mean": [0.5, NAN, 0.5]}, "each number of mean must be finite, got nan"),
+        ({"std": [0.5, 0, 0.5]}, "each number of std must be above 0, got 0"),
+        ({"std": ["0.5"]}, "each number of std must be a number, got '0.5'"),
+        *(
+            ({"interpolation": wrong}, f"interpolation must be one of nearest, .*lanczos, or null for .*got '{wrong}'")
+            for wrong in ("bicubicc", "random", "None", "")
+        ),
+        *(
+            ({"auto_augment": wrong}, f"auto_augment must be a policy of timm such as rand-m9.* or null.*got '{wrong}'")
+            for wrong in ("randaug", "autoaugment", "None", "rand-m", "rand-m-5", "rand-m9-foo", "rand-p7", "rand-n0")
+        ),
+        *(
+            ({"auto_augment": wrong}, "auto_augment must be a policy of timm")
+            for wrong in ("rand-tnone", "rand-m9-x3", "rand_m9", "augmix-w0", "v0-m5", "original-", "v1", "", 9, True)
+        ),
     ],
 )
 def test_wrong_arguments(image_folder, arguments, message):
     with pytest.raises(ValueError, match=message):
         ImageData(**{"root": str(image_folder), **arguments})
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        *(
+            "rand",
+            "rand-m9-mstd0.5-inc1",
+            "rand-m15-n3-p0.5-mmax20",
+            "rand-tweights-mstd101",
+            "rand-t3a-t3aw",
+            "augmix",
+        ),
+        *("augmix-m5-w4-d2", "augmix-a1-b1", "original-mstd0.5", "originalr", "v0", "v0r", "3a"),
+    ],
+)
+def test_policies_of_timm(image_folder, policy):
+    data = ImageData(root=str(image_folder), auto_augment=policy, batch_size=8, num_workers=0, img_size=16)
+    assert next(iter(data.train_dataloader())).bad == []
+
+
+@pytest.mark.parametrize("name", ["mean", "std"])
+def test_statistics_are_of_as_many_channels_as_the_images(image_folder, name):
+    model = {"input_size": (4, 8, 8), "mean": (0.1, 0.2, 0.3), "std": (1.0, 2.0, 3.0)}
+
+    def config(values=None, channels=4):
+        data = ImageData(root=str(image_folder), **({name: values} if values else {}))
+        return data.data_config(model | {"input_size": (channels, 8, 8)})[name]
+
+    assert config() == (*model[name], 0.5)  # of the colours as the model has them
+    assert config(channels=1) == pytest.approx([sum(model[name]) / 3])
+    assert config([0.7]) == (0.7,) * 4
+    assert config([0.7, 0.6, 0.5, 0.4]) == (0.7, 0.6, 0.5, 0.4)
+    with pytest.raises(
+        ValueError, match=rf"{name} must be of 1 or 4 numbers, as the model takes images, got \[0.7, 0.6"
+    ):
+        config([0.7, 0.6, 0.5])
+
+
+def view(data, size, **more):
+    """Have images prepared for a model of that size (C, H, W), to [0, 1]."""
+    config = data.data_config({"input_size": size, "mean": (0.0,), "std": (1.0,), "crop_pct": 1.0, **more})
+    data.data_config = lambda model=None: config
+    return data
+
+
+@pytest.mark.parametrize("size", [(16, 32), (32, 16), (24, 24), (10, 35)])
+@pytest.mark.parametrize("image", [(16, 32), (40, 36), (32, 16), (24, 24), (7, 50), (33, 64)])
+def test_training_for_drawing_sees_what_evaluation_sees(tmp_path, size, image):
+    """For every shape of model and image: nothing is stretched, and nothing cut off that evaluation sees."""
+    pixels = np.random.default_rng(0).integers(0, 256, (*image, 3), dtype=np.uint8)
+    for split in ("train", "val"):
+        (tmp_path / split / "a").mkdir(parents=True)
+        Image.fromarray(pixels).save(tmp_path / split / "a" / "1.png")
+    options = {"root": str(tmp_path), "batch_size": 1, "num_workers": 0, "hflip": 0.0}
+    for more in ({"scale": (1.0, 1.0), "ratio": (1.0, 1.0)}, {"no_aug": True}):
+        data = view(ImageData(**options, **more), (3, *size))
+        seen = [next(iter(loader)).images for loader in (data.train_dataloader(), data.val_dataloader())]
+        assert torch.equal(*seen), more
+        assert seen[0].shape == (1, 3, *size)
+        plain = next(iter(data.plain_loader("train", (3, *size)))).images
+        torch.testing.assert_close(plain, seen[0] * 2 - 1)
+    mirrored = view(ImageData(**{**options, "hflip": 1.0}, scale=(1, 1), ratio=(1, 1)), (3, *size))
+    assert torch.equal(next(iter(mirrored.train_dataloader())).images, seen[1].flip(-1))
+
+
+@pytest.mark.parametrize(("channels", "stored"), [(4, "RGBA"), (4, "RGB"), (4, "L"), (1, "RGB"), (3, "RGBA")])
+def test_images_have_as_many_channels_as_the_model_takes(tmp_path, channels, stored):
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 4), dtype=np.uint8)
+    for split in ("train", "val"):
+        (tmp_path / split / "a").mkdir(parents=True)
+        Image.fromarray(pixels).convert(stored).save(tmp_path / split / "a" / "1.png")
+    data = view(ImageData(root=str(tmp_path), batch_size=1, num_workers=0, no_aug=True), (channels, 8, 8))
+    image = Image.fromarray(pixels).convert(stored)
+    expected = np.asarray(to_mode(image, mode_of(channels))).reshape(8, 8, channels) / np.float32(255)
+    for loader in (data.train_dataloader(), data.val_dataloader()):
+        np.testing.assert_array_equal(next(iter(loader)).images[0].permute(1, 2, 0), expected)
+    if stored == "RGBA" and channels == 4:
+        np.testing.assert_array_equal(expected, pixels / np.float32(255))
+
+
+def test_channels_that_images_cannot_have(image_folder):
+    data = ImageData(root=str(image_folder), auto_augment="rand-m9", num_workers=0)
+    data.check_images({"input_size": (3, 8, 8)})
+    for channels in (2, 5):
+        with pytest.raises(ValueError, match=f"images are read with 1 .* 3 .* or 4 .*, the model takes {channels}"):
+            ImageData(root=str(image_folder)).check_images({"input_size": (channels, 8, 8)})
+    with pytest.raises(ValueError, match="auto_augment works on gray and RGB images, the model takes 4 channels"):
+        data.check_images({"input_size": (4, 8, 8)})
+
+
+def hand_out(image_folder, root, kind, test):
+    """train and val with classes, and a test split as competitions hand it out; how to open them."""
+    if kind == "folder":
+        shutil.copytree(image_folder, root)
+        for name in test:
+            (root / "test" / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(image_folder / "val" / "zebra" / "000.png", root / "test" / name)
+        return {"root": str(root)}
+    write_tables(image_folder, root, "a file per split")
+    image = image_folder / "val" / "zebra" / "000.png"
+    rows = [f"{image},{'' if name[0] == '/' else name.partition('/')[0]}" for name in (f"{n}" for n in test)]
+    if kind == "table":
+        (root / "test.csv").write_text("\n".join(["file,label", *rows]))
+    elif kind == "table without labels":
+        (root / "test.csv").write_text("\n".join(["file", *(row.partition(",")[0] for row in rows)]))
+    else:
+        lines = [
+            f"{line},{split}"
+            for split in ("train", "val")
+            for line in (root / f"{split}.csv").read_text().splitlines()[1:]
+        ]
+        (root / "all.csv").write_text("\n".join(["file,label,split", *lines, *(f"{row},test" for row in rows)]))
+        return {"dataset": "csv", "root": str(root / "all.csv")}
+    return {"dataset": "csv", "root": str(root)}
+
+
+class Testing:
+    """A trainer that tests."""
+
+    world_size, global_rank, lightning_module, predicting = 1, 0, None, False
+
+
+@pytest.mark.filterwarnings("ignore:the val images are of:UserWarning")
+@pytest.mark.parametrize(
+    ("kind", "test", "reason"),
+    [
+        ("folder", ["1.png"], "there is no class folder in .*test; it must hold one subfolder per class"),
+        ("folder", ["unicorn/1.png"], "the class folders of train and test differ: unicorn"),
+        ("folder", ["zebra/notes.txt"], "there is no image in the class folder .*test/left-out"),
+        ("table", ["/1.png"], "test.csv, line 2: no label|there is no label of"),
+        ("table", ["unicorn/1.png"], "the label 'unicorn' of .* is not among those of the training images"),
+        ("table without labels", ["zebra/1.png"], "test.csv must have the columns file and label in its first line"),
+        ("one table", ["/1.png"], "there is no label of .*000.png"),
+        ("one table", ["unicorn/1.png"], "the label 'unicorn' of .* is not among those of the training images"),
+    ],
+)
+def test_only_testing_needs_the_classes_of_the_test_images(image_folder, tmp_path, kind, test, reason):
+    data = ImageData(**hand_out(image_folder, tmp_path / "d", kind, test), batch_size=8, num_workers=0)
+    data.setup("fit")
+    assert [len(loader.dataset) for loader in (data.train_dataloader(), data.val_dataloader())] == [72, 39]
+    for ask in (data.test_dataloader, lambda: data.plain_loader("test", (3, 8, 8))):
+        with pytest.raises(
+            ValueError, match=rf"the test images need the classes of .*({reason}).*--data.test_split names"
+        ):
+            ask()
+
+
+@pytest.mark.parametrize("kind", ["folder", "table", "one table"])
+def test_test_images_of_some_of_the_classes(image_folder, tmp_path, kind):
+    """They keep their numbers; whoever tests is told which classes there are none of."""
+    data = ImageData(**hand_out(image_folder, tmp_path / "d", kind, ["zebra/1.png"]), batch_size=8, num_workers=0)
+    data.trainer = Testing()
+    with pytest.warns(
+        UserWarning, match="the test images are of 1 of the 3 classes, without left-out, müller straße .*test_split"
+    ):
+        (batch,) = data.test_dataloader()
+    assert batch.targets.tolist() == [2]
+
+
+def test_validation_images_of_some_of_the_classes(image_folder, tmp_path):
+    shutil.copytree(image_folder, tmp_path / "d")
+    shutil.rmtree(tmp_path / "d" / "val" / "left-out")
+    with pytest.warns(
+        UserWarning, match=r"the val images are of 2 of the 3 classes, without left-out .*--data.val_split"
+    ):
+        data = ImageData(root=str(tmp_path / "d"), batch_size=8, num_workers=0)
+    assert data.class_names == ["left-out", "müller straße", "zebra"]
+    assert torch.cat([batch.targets for batch in data.val_dataloader()]).tolist() == [1] * 13 + [2] * 13
+
+
+def test_what_other_programs_leave_is_said(image_folder, tmp_path):
+    shutil.copytree(image_folder, tmp_path / "d")
+    for place in ("train/.ipynb_checkpoints", "val/zebra/@eaDir"):
+        shutil.copytree(image_folder / "val" / "zebra", tmp_path / "d" / place)
+    (tmp_path / "d" / "train" / "zebra" / "._000.png").write_bytes(b"\0\5\x16\7")
+    what = r"left out, what other programs leave behind: '\._000\.png', '\.ipynb_checkpoints', '@eaDir' \(3 in .*d\)"
+    with pytest.warns(UserWarning, match=what):
+        data = ImageData(root=str(tmp_path / "d"), batch_size=8, num_workers=0)
+    assert [len(data.stages[stage][0]) for stage in ("train", "val")] == [72, 39]
+    assert data.num_classes == 3
 
 
 def test_wrong_folders(image_folder, tmp_path):

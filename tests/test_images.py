@@ -1,27 +1,36 @@
 """Image files: what is read from them, and which are found."""
 
+import io
 import os
 import re
+import struct
+import subprocess
+import zlib
+from itertools import permutations
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps, PngImagePlugin
 from timm.data import create_transform
 from torch.utils.data import DataLoader
 
 from hcvision.images import (
     BadImage,
     Images,
+    Row,
     Table,
     find_classes,
+    mode_of,
     open_folder,
     open_image,
     read_table,
+    split_by_class,
     to_mode,
     walk_files,
 )
+from hcvision.prediction import Files, find_images
 
 
 def gradient(mode="RGB", size=(7, 5)):
@@ -53,14 +62,217 @@ def test_pixels_of_unknown_range_are_refused(values, message):
         to_mode(Image.fromarray(values), "RGB")
 
 
-def test_palettes_and_transparency():
-    palette = gradient("P")
-    palette.info["transparency"] = bytes(range(256))
-    plain = gradient("P")
-    assert np.array_equal(to_mode(palette, "RGB"), plain.convert("RGB"))
-    for mode in ("1", "L", "LA", "CMYK", "RGBA", "YCbCr", "HSV"):
+def test_modes_without_transparency():
+    for mode in ("1", "L", "P", "CMYK", "YCbCr", "HSV"):
         image = gradient(mode)
         assert np.array_equal(to_mode(image, "RGB"), image.convert("RGB")), mode
+        assert (np.asarray(to_mode(image, "RGBA"))[..., 3] == 255).all(), mode
+
+
+def write_png(depth, kind, row, transparent):
+    """A PNG with a transparent colour, made by hand: Pillow writes none of 2, 4 or 16 bits."""
+
+    def chunk(name, content):
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", 2, 1, depth, kind, 0, 0, 0)) + chunk(b"tRNS", transparent)
+    return io.BytesIO(b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", zlib.compress(b"\0" + row)) + chunk(b"IEND", b""))
+
+
+def save(image, kind="PNG", **options):
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file
+
+
+GRAY, RGB = 0, 2  # kinds of PNG
+
+
+def words(*values):
+    return struct.pack(f">{len(values)}H", *values)
+
+
+def with_alpha(color, kind="PNG", **options):
+    return save(Image.fromarray(np.uint8([[(*color, 0), (255, 0, 0, 255)]])), kind, **options)
+
+
+def of_16_bits(color):
+    color = [257 * value for value in color]
+    return write_png(16, RGB, words(*color, 65535, 0, 0), words(*color))
+
+
+# a transparent pixel of some colour beside an opaque one, which is red or gray
+HIDDEN = {
+    "RGBA": with_alpha,
+    "RGBA in a WebP": lambda c: with_alpha(c, "WEBP", lossless=True, exact=True),
+    "RGBA in a TIFF": lambda c: with_alpha(c, "TIFF"),
+    "LA": lambda c: save(Image.fromarray(np.uint8([[(c[0], 0), (77, 255)]]))),
+    "a palette and one transparent colour": lambda c: save(in_palette(c), transparency=0),
+    "a palette and the opacity of each colour": lambda c: save(in_palette(c), transparency=b"\0\xff"),
+    "a GIF": lambda c: save(in_palette(c), "GIF", transparency=0),
+    "RGB and a transparent colour": lambda c: write_png(8, RGB, bytes([*c, 255, 0, 0]), words(*c)),
+    "RGB of 16 bits": of_16_bits,
+    "gray and a transparent gray": lambda c: write_png(8, GRAY, bytes([c[0], 77]), words(c[0])),
+    "gray of 16 bits": lambda c: write_png(16, GRAY, words(257 * c[0], 257 * 77), words(257 * c[0])),
+    "gray of 4 bits": lambda c: write_png(4, GRAY, bytes([c[0] // 17 << 4 | 5]), words(c[0] // 17)),
+    "gray of 2 bits": lambda c: write_png(2, GRAY, bytes([c[0] // 85 << 6 | 1 << 4]), words(c[0] // 85)),
+    "black and white": lambda c: write_png(1, GRAY, bytes([c[0] // 255 << 7]), words(c[0] // 255)),
+}
+
+
+def in_palette(color):
+    image = Image.fromarray(np.uint8([[0, 1]]))
+    image.putpalette([*color, 255, 0, 0])
+    return image
+
+
+@pytest.mark.parametrize("what", HIDDEN)
+def test_transparency_is_laid_over_white(what):
+    """Whatever colour an encoder left behind it; with four channels it is kept."""
+    for color in ((0, 0, 0), (255, 30, 10)) if what != "black and white" else ((255, 255, 255),):
+        image = open_image(HIDDEN[what](color))
+        opaque = np.asarray(image.convert("RGB"))[0, 1]
+        if image.mode == "I;16":
+            opaque = [77] * 3
+        seen = np.asarray(to_mode(image, "RGB"))
+        assert seen.tolist() == [[[255, 255, 255], list(opaque)]]
+        assert np.asarray(to_mode(image, "L"))[0, 0] == 255
+        assert np.asarray(to_mode(image, "RGBA"))[..., 3].tolist() == [[0, 255]]
+
+
+def test_half_transparency():
+    image = Image.new("RGBA", (1, 1), (100, 0, 255, 51))
+    assert to_mode(image, "RGB").getpixel((0, 0)) == (224, 204, 255)  # a fifth of it, four fifths of white
+    assert to_mode(image, "RGBA").getpixel((0, 0)) == (100, 0, 255, 51)
+    for mode, first in (("La", "LA"), ("RGBa", "RGBA")):  # as some TIFF are, multiplied by their opacity
+        black = Image.new("RGBA", (1, 1), (0, 0, 0, 51)).convert(first).convert(mode)
+        assert to_mode(black, "L").getpixel((0, 0)) == 204
+
+
+LYING = gradient(size=(6, 4))
+UPRIGHT = {
+    1: LYING, 2: ImageOps.mirror(LYING), 3: LYING.rotate(180), 4: ImageOps.flip(LYING),
+    5: ImageOps.mirror(LYING.rotate(-90, expand=True)), 6: LYING.rotate(-90, expand=True),
+    7: ImageOps.mirror(LYING.rotate(90, expand=True)), 8: LYING.rotate(90, expand=True),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("orientation", UPRIGHT)
+def test_images_stand_upright(orientation, tmp_path):
+    """As EXIF says: in files of folders and of tables, of predict, and in bytes of streams."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    wanted = np.asarray(UPRIGHT[orientation])
+    for kind, options in (("PNG", {}), ("TIFF", {}), ("WEBP", {"lossless": True})):
+        assert np.array_equal(open_image(save(LYING, kind, exif=exif, **options)), wanted), kind
+    with Image.open(save(LYING, "JPEG")) as plain:
+        turned = dict(zip(UPRIGHT, (None, 0, 3, 1, 5, 4, 6, 2), strict=True))[orientation]
+        expected = plain if turned is None else plain.transpose(Image.Transpose(turned))
+        assert np.array_equal(open_image(save(LYING, "JPEG", exif=exif)), expected)
+    place = tmp_path / "train" / "a" / "1.png"
+    place.parent.mkdir(parents=True)
+    LYING.save(place, exif=exif)
+    table = write_table(tmp_path / "t.csv", "file,label\ntrain/a/1.png,a\n", ())
+    for base in (open_folder(tmp_path / "train"), Table(read_table(table, "file", "label"), ["a"]), Files([place])):
+        assert np.array_equal(base[0][0], wanted)
+
+
+@pytest.mark.parametrize(
+    "exif", [b"Exif\0\0nothing", b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0MM\0*\0\0\0\x08\xff\xff\x01\x12"]
+)
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data:UserWarning")
+def test_damaged_exif_is_passed_over(exif):
+    assert open_image(save(LYING, "JPEG", exif=exif)).size == LYING.size
+
+
+POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n%%EOF\n"
+
+
+@pytest.mark.parametrize("kind", ["EPS", "ICO", "TGA", "PCX", "DDS", "PDF", "JPEG2000", "SGI"])
+def test_other_kinds_are_not_opened(tmp_path, kind, monkeypatch):
+    """Not even PostScript, which Pillow hands to Ghostscript, under an image's name."""
+    monkeypatch.setattr(subprocess, "check_call", None)
+    monkeypatch.setattr(subprocess, "Popen", None)
+    path = tmp_path / "photo.jpg"
+    path.write_bytes(POSTSCRIPT) if kind == "EPS" else LYING.resize((64, 64)).save(path, kind)
+    bad = Images(Files([path]), [0], lambda image: image, "RGB")[0]
+    assert str(bad) == f"cannot read image {path}: it is no image, or of a kind that is not read"
+
+
+@pytest.mark.parametrize("kind", ["BMP", "GIF", "JPEG", "MPO", "PNG", "PPM", "TIFF", "WEBP"])
+def test_kinds_that_are_read(tmp_path, kind):
+    """Whatever their files are called."""
+    LYING.save(tmp_path / "photo.jpg", kind)
+    assert open_image(str(tmp_path / "photo.jpg")).size == LYING.size
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        struct.error("unpack"), zlib.error("Error -3"), EOFError(), IndexError("index"), KeyError("key"),
+        TypeError("None"), ZeroDivisionError("by zero"), OverflowError("too large"), AttributeError("no fp"),
+        AssertionError(), MemoryError(), NotImplementedError("no"), RuntimeError("broken"), BufferError("export"),
+        SyntaxError("not a TIFF file"),
+    ],
+    ids=lambda error: type(error).__name__,
+)  # fmt: skip
+def test_whatever_a_decoder_raises_is_a_bad_image(tmp_path, error, monkeypatch):
+    def fail(*_):
+        raise error
+
+    path = tmp_path / "a.png"
+    LYING.save(path)
+    monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", fail)
+    bad = Images(Files([path]), [0], lambda image: image, "RGB")[0]
+    assert (bad.path, bad.doing) == (str(path), "read")
+    assert str(error) in bad.reason
+    assert bad.reason.removesuffix(": ") == bad.reason != ""
+
+
+def test_an_image_that_is_no_regular_file(tmp_path):
+    os.mkfifo(tmp_path / "a.png")
+    assert Images(Files([tmp_path / "a.png"]), [0], lambda image: image, "RGB")[0].reason == "it is no regular file"
+
+
+@pytest.mark.parametrize("channels", [0, 2, 5])
+def test_images_of_other_channels(channels):
+    with pytest.raises(
+        ValueError, match=rf"read with 1 \(gray\), 3 \(RGB\) or 4 .*the model takes {channels} \(in_chans\)"
+    ):
+        mode_of(channels)
+
+
+OTHERS = ("._001.png", ".ipynb_checkpoints/001-checkpoint.png", "@eaDir/001.png/SYNOPHOTO_THUMB_M.jpg", ".hidden.jpg")
+OTHERS += ("__MACOSX/._001.png", "$RECYCLE.BIN/$R001.png", "lost+found/#1.png", ".thumbnails/001.png")
+
+
+def test_what_other_programs_leave_is_passed_over(tmp_path):
+    """As files and folders of a class, as classes, and below folders and patterns of predict, which may name it."""
+    kept = [tmp_path / "a" / "1.png", tmp_path / "b" / "2.png"]
+    for name in [*kept, *(tmp_path / "a" / name for name in OTHERS), *(tmp_path / n for n in OTHERS if "/" in n)]:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / ".empty").mkdir()
+    base = open_folder(tmp_path)
+    assert (base.classes, base.samples) == (["a", "b"], [(str(path), n) for n, path in enumerate(kept)])
+    assert {*(name.partition("/")[0] for name in OTHERS), ".empty"} == set(base.left_behind)
+    assert find_images([str(tmp_path)]) == find_images([f"{tmp_path}/**/*.*"]) == find_images([f"{tmp_path}/*"]) == kept
+    assert find_images([f"{tmp_path}/a/.hid*.jpg"]) == find_images([f"{tmp_path}/a/.hidden.jpg"])
+    assert len(find_images([f"{tmp_path}/a/.hid*.jpg"])) == 1
+
+
+def test_what_other_programs_leave_in_a_table(tmp_path):
+    """It is left out of the rows, whether its file is still there or not; a hidden folder that all share is theirs."""
+    root = tmp_path / ".cache" / "images"
+    names = ["a/1.png", "a/._1.png", "b/2.png", "b/.ipynb_checkpoints/2-checkpoint.png", f"{root}/@eaDir/2.png"]
+    path = write_table(
+        root / "t.csv", "\n".join(["file,label", *(f"{name},x" for name in names)]), ("a/1.png", "b/2.png")
+    )
+    with pytest.warns(
+        UserWarning, match=r"left out, what other programs leave behind: .*a/\._1\.png'.* \(3 in .*t\.csv\)"
+    ):
+        rows = read_table(path, "file", "label")
+    assert [row.file for row in rows] == [str(root / "a/1.png"), str(root / "b/2.png")]
 
 
 def test_walk_follows_links_once(tmp_path):
@@ -81,7 +293,7 @@ def test_walk_follows_links_once(tmp_path):
 def test_files_come_in_the_order_of_imagefolder(tmp_path):
     from torchvision.datasets import ImageFolder
 
-    for name in ("x/1.png", "x/a/2.png", "x/a-b/3.png", "x/a/c/4.png", "y/5.JPG", "y/.hidden.png", "y/0.webp"):
+    for name in ("x/1.png", "x/a/2.png", "x/a-b/3.png", "x/a/c/4.png", "y/5.JPG", "y/0.webp"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     assert open_folder(tmp_path).samples == ImageFolder(str(tmp_path)).samples
@@ -134,6 +346,32 @@ def test_a_table_of_files_and_labels(tmp_path):
 def test_numbers_are_sorted_as_numbers(tmp_path):
     path = write_table(tmp_path / "t.csv", "file,label\n1.png,10\nsub/2.png,9\n3 ö.png,2\n")
     assert find_classes(read_table(path, "file", "label")) == ["2", "9", "10"]
+
+
+@pytest.mark.parametrize("labels", [("1", "01", "001", "2", "02"), ("7", "007"), ("٣", "3", "03"), ("b", "a", "B")])
+def test_classes_have_one_order(labels):
+    """That of numbers, then of text, whatever the order of a set, which differs from process to process."""
+    orders = {tuple(find_classes([Row("a", each, "")])) for each in (labels, labels[::-1])}
+    orders |= {tuple(find_classes([Row("a", (label,), "") for label in each])) for each in permutations(labels)}
+    assert orders == {tuple(sorted(labels, key=lambda label: (int(label) if label.isdecimal() else 0, label)))}
+
+
+def test_a_class_that_is_too_small_is_named():
+    with pytest.raises(ValueError, match="class 'zebra' has 1 image, too few to split for validation"):
+        split_by_class([0, 0, 1], 0.5, 0, ["ant", "zebra"])
+
+
+def test_another_part_of_the_same_data(tmp_path):
+    """Classes keep their numbers; one without images is all right, an unknown one is not."""
+    for name in ("train/a/1.png", "train/b/1.png", "train/c/1.png", "val/c/1.png", "val/b/1.png", "other/d/1.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "val" / "a").mkdir()
+    train = open_folder(tmp_path / "train")
+    val = open_folder(tmp_path / "val", train)
+    assert (val.classes, val.targets, val.empty) == (["a", "b", "c"], [1, 2], ["a"])
+    with pytest.raises(ValueError, match="the class folders of train and other differ: d"):
+        open_folder(tmp_path / "other", train)
 
 
 def test_several_labels(tmp_path):

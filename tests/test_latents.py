@@ -1,6 +1,8 @@
 import json
+import pickle
 import shutil
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -80,6 +82,104 @@ def test_decode_undoes_shift_and_scale(vae_folder):
     with torch.no_grad():
         expected = vae.decode(vae.encode(images).latent_dist.mode()).sample
     torch.testing.assert_close(decode(vae, latents), expected)
+
+
+STATISTICS = {
+    "scale": {"scaling_factor": 0.5},
+    "scale and shift": {"scaling_factor": 0.5, "shift_factor": 0.25},
+    "mean and deviation": {"scaling_factor": 0.5, "latents_mean": [5.0, 0, -1, 2], "latents_std": [10.0, 1, 2, 0.5]},
+    "mean": {"scaling_factor": 0.5, "latents_mean": [5.0, 0, -1, 2]},
+    "deviation and shift": {"scaling_factor": 1.0, "shift_factor": -0.5, "latents_std": [10.0, 1, 2, 0.5]},
+}
+
+
+def small_vae(**more):
+    torch.manual_seed(0)
+    return AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, layers_per_block=1, **more).eval()
+
+
+@pytest.mark.parametrize("what", STATISTICS)
+@torch.no_grad()
+def test_latents_are_standardised_as_the_vae_says(what):
+    """(z - mean) * scaling_factor / std, and back."""
+    options = STATISTICS[what]
+    vae, images = small_vae(**options), torch.rand(2, 3, 16, 16) * 2 - 1
+    z = vae.encode(images).latent_dist.mode()
+    mean = torch.tensor(options.get("latents_mean", [options.get("shift_factor", 0.0)] * 4)).view(4, 1, 1)
+    std = torch.tensor(options.get("latents_std", [1.0] * 4)).view(4, 1, 1)
+    latents = encode(vae, images, torch.zeros_like)
+    torch.testing.assert_close(latents, (z - mean) * options["scaling_factor"] / std)
+    torch.testing.assert_close(decode(vae, latents), vae.decode(z).sample)
+
+
+def configure(folder, **changes):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"_class_name": "AutoencoderTiny"}, "it is of the class AutoencoderTiny, and AutoencoderKL is what latents"),
+        ({"_class_name": "VQModel"}, "it is of the class VQModel"),
+        ({"layers_per_block": 2}, "its weights are of another model: 16 missing, such as decoder.up_blocks.0"),
+        ({"mid_block_add_attention": False}, "its weights are of another model: 20 unexpected, such as decoder.mid"),
+        ({"block_out_channels": [16]}, ".*size mismatch for encoder.conv_in.weight"),
+        ({"in_channels": 1}, ".*size mismatch for encoder.conv_in.weight"),
+        ({"block_out_channels": "x"}, "TypeError: "),
+        ({"scaling_factor": 0}, "its scaling_factor must be above 0, got 0"),
+        ({"scaling_factor": None}, "its scaling_factor must be a number, got None"),
+        ({"shift_factor": "x"}, "its shift_factor must be a number, got 'x'"),
+        ({"latents_mean": [1, 2, 3]}, "its latents_mean must be a list of 4 numbers, got"),
+        ({"latents_std": [1, 2, 0, 4]}, "each number of its latents_std must be above 0, got 0"),
+        ({"latents_mean": [1, 2, 3, 4], "shift_factor": 0.5}, "it has both a shift_factor and latents_mean"),
+    ],
+)
+def test_a_folder_that_holds_another_vae(tmp_path, changes, reason, capfd):
+    """It is refused in one line: weights that are missing would be random ones."""
+    small_vae().save_pretrained(tmp_path)
+    configure(tmp_path, **changes)
+    capfd.readouterr()
+    with pytest.raises(ValueError, match=f"{tmp_path} is no VAE that can be used: {reason}"):
+        load_vae(str(tmp_path))
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.filterwarnings("ignore:The `local_dir_use_symlinks` argument:UserWarning")
+def test_a_vae_runs_no_code(tmp_path):
+    class Payload:
+        def __reduce__(self):
+            return (Path.write_text, (tmp_path / "it_ran", "it ran"))
+
+    small_vae().save_pretrained(tmp_path)
+    (tmp_path / "diffusion_pytorch_model.safetensors").unlink()
+    for write in (torch.save, lambda payload, path: path.write_bytes(pickle.dumps(payload))):
+        write({"encoder.conv_in.bias": Payload()}, tmp_path / "diffusion_pytorch_model.bin")
+        with pytest.raises(ValueError, match="is no VAE that can be used"):
+            load_vae(str(tmp_path))
+        assert not (tmp_path / "it_ran").exists()
+
+
+def test_gray_vaes_are_refused(tmp_path):
+    small_vae(in_channels=1, out_channels=1).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="it takes images of 1 channels, not of 3"):
+        load_vae(str(tmp_path))
+
+
+def test_folders_are_encoded_as_they_are_trained_on(image_folder, vae_folder, tmp_path):
+    """Without what other programs left there, upright, and with the class numbers of the training images."""
+    root = shutil.copytree(image_folder, tmp_path / "images", ignore=shutil.ignore_patterns("0[1-9]*", "00[2-9]*"))
+    shutil.rmtree(root / "val" / "left-out")
+    (root / "train" / ".ipynb_checkpoints").mkdir()
+    (root / "train" / "zebra" / "._000.png").write_bytes(b"\0\5\x16\7")
+    options = {"image_size": 32, "num_workers": 0, "device": "cpu", "say": lambda _: None}
+    with pytest.warns(
+        UserWarning, match="left out, what other programs leave behind: '._000.png', '.ipynb_checkpoints'"
+    ):
+        encode_folder(str(root), str(tmp_path / "out"), vae_folder, **options)
+    data = ImageData("latents", str(tmp_path / "out"), batch_size=6)
+    assert data.class_names == ["left-out", "müller straße", "zebra"]
+    assert [data.stages[stage][0].targets for stage in ("train", "val")] == [[0, 0, 1, 1, 2, 2], [1, 1, 2, 2]]
 
 
 def test_encoding_goes_on_where_it_was(shards, image_folder, vae_folder, tmp_path):
@@ -194,14 +294,24 @@ def test_training_and_sampling_on_latents(shards, vae_folder, trainer_args, tmp_
     ("options", "error", "message"),
     [
         ({"image_size": 0}, ValueError, "image_size must be at least 1, got 0"),
+        (
+            {"image_size": 33},
+            ValueError,
+            "image_size must be a multiple of 2, by which .* makes images smaller, got 33",
+        ),
+        ({"image_size": 32.0}, ValueError, "image_size must be a whole number, got 32.0"),
+        ({"batch_size": True}, ValueError, "batch_size must be a whole number, got True"),
+        ({"shard_size": -1}, ValueError, "shard_size must be at least 1, got -1"),
+        ({"num_workers": -1}, ValueError, "num_workers must be at least 0, got -1"),
+        ({"seed": -1}, ValueError, "seed must be at least 0, got -1"),
         ({"root": "nowhere"}, FileNotFoundError, "there is no folder nowhere; root must hold the images"),
         ({"vae": "nowhere/vae"}, ValueError, "there is no VAE 'nowhere/vae', neither a folder nor in reach on the hub"),
     ],
 )
 @pytest.mark.filterwarnings("ignore:The `local_dir_use_symlinks` argument:UserWarning")
-def test_wrong_arguments(image_folder, tmp_path, options, error, message):
+def test_wrong_arguments(image_folder, vae_folder, tmp_path, options, error, message):
     with pytest.raises(error, match=message):
-        encode_folder(**{"root": str(image_folder), "out": str(tmp_path / "out"), **options})
+        encode_folder(**{"root": str(image_folder), "out": str(tmp_path / "out"), "vae": vae_folder, **options})
     assert not (tmp_path / "out").exists()
 
 

@@ -145,7 +145,9 @@ def test_bad_arguments_come_before_the_work(run, image_folder, tmp_path, monkeyp
         predict("nowhere", images, "folder.csv", overwrite=True)
     for wrong, message in (
         ({"top_k": 0}, "top_k must be at least 1, got 0"),
+        ({"top_k": True}, "top_k must be a whole number, got True"),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"batch_size": 2.5}, "batch_size must be a whole number, got 2.5"),
         ({"num_workers": -1}, "num_workers must be at least 0, got -1"),
         ({"precision": "8"}, "precision must be 32, bf16, 16, got '8'"),
         ({"device": "gpu"}, "device must be one that works here, such as auto, cpu"),

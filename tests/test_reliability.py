@@ -82,6 +82,26 @@ def rename_class(root, name):
         (root / split / "zebra").rename(root / split / name)
 
 
+def lying(root):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    put(root, "photo.jpg", exif=exif)
+
+
+def left_by_others(root):
+    for name in (".ipynb_checkpoints/a-checkpoint.png", "._a.png", "@eaDir/a.png", "../.ipynb_checkpoints/a.png"):
+        put(root, name)
+
+
+def unlabelled_tests(root):
+    (root / "test").mkdir()
+    pixels().save(root / "test" / "1.png")
+
+
+def pipe(root):
+    os.mkfifo(root / "train" / "zebra" / "pipe.png")
+
+
 def lock(path, root):
     (root / path).chmod(0)
 
@@ -98,6 +118,8 @@ IMAGES = {
     "a palette with transparency": (palette, USED),
     "black and white, 1 bit": (lambda root: put(root, "one.png", pixels("1")), USED),
     "gray with transparency": (lambda root: put(root, "la.png", pixels("LA")), USED),
+    "a photo that EXIF turns upright": (lying, USED),
+    "a transparent background": (lambda root: put(root, "rgba.png", pixels("RGBA")), USED),
     "1 x 1 pixels": (lambda root: put(root, "1x1.png", pixels(size=(1, 1))), USED),
     "20,000 x 20 pixels": (lambda root: put(root, "wide.png", pixels(size=(20000, 20))), USED),
     "20,000 x 20,000 pixels": (
@@ -105,6 +127,12 @@ IMAGES = {
         "cannot read image photos/train/zebra/huge.png: Image size (400000000 pixels) exceeds limit",
     ),
     "a TIFF of floats": (floats, "cannot read image photos/train/zebra/float.tif: its pixels are floats; 8 or 16 bits"),
+    "PostScript with an image's name": (
+        lambda root: put(root, "photo.jpg", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n"),
+        "cannot read image photos/train/zebra/photo.jpg: it is no image, or of a kind that is not read",
+    ),
+    "a pipe with an image's name": (pipe, "cannot read image photos/train/zebra/pipe.png: it is no regular file"),
+    "what other programs leave behind": (left_by_others, "left out, what other programs leave behind: '._a.png', '.ipynb_checkpoints', '@eaDir' (3 in photos)"),
     "a text among the images": (lambda root: put(root, "notes.txt", b"text"), "left out, no images by their names: 'notes.txt'"),
     "a kind of image that is not read": (lambda root: put(root, "a.heic", b"?"), "left out, no images by their names: 'a.heic'"),
     "Thumbs.db and .DS_Store": (lambda root: (put(root, "Thumbs.db", b"?"), put(root, ".DS_Store", b"?")), USED),
@@ -122,7 +150,10 @@ IMAGES = {
     "a name that is no UTF-8": (in_bytes, USED),
     "a class with a newline in its name": (lambda root: rename_class(root, "zeb\nra"), USED),
     "a class without images": (lambda root: (root / "train" / "none").mkdir(), "there is no image in the class folder photos/train/none"),
-    "a class that is in train alone": (lambda root: put(root, "../new/a.png"), "the class folders of train and val differ: new"),
+    "a class that is in train alone": (lambda root: put(root, "../new/a.png"), "the val images are of 3 of the 4 classes, without new"),
+    "a class that is in val alone": (lambda root: put(root, "../../val/new/a.png"), "the class folders of train and val differ: new"),
+    "test images without classes": (unlabelled_tests, USED),
+    "test images of some of the classes": (lambda root: put(root, "../../test/zebra/a.png"), USED),
     "an image that must not be read": (
         lambda root: lock("train/zebra/003.png", root),
         "cannot read image photos/train/zebra/003.png: Permission denied",
@@ -156,7 +187,7 @@ def answer(arguments, place, capsys) -> str:
             code = stop.code
     shown = capsys.readouterr()
     assert "Traceback" not in shown.err
-    said = [str(w.message) for w in caught if str(w.message).startswith("left out")]
+    said = [str(w.message) for w in caught if str(w.message).startswith(("left out", "the val"))]
     if code:
         assert code == 2, shown.err
         (line,) = [line for line in shown.err.splitlines() if line.startswith("hcvision: error: ")]
@@ -221,6 +252,10 @@ OTHERS = {
         lambda p: table(p, "file,label\na.png,x\nb.png,x\n"), ["--data.dataset=csv", "--data.root=table.csv", "--data.val_fraction=0.5"],
         "table.csv, line 2: there is no file a.png (nor 1 more)",
     ),
+    "a table of a class with one image, to be split": (
+        lambda p: table(p, "file,label\n" + "".join(f"photos/train/zebra/{n:03}.png,{label}\n" for n, label in ((0, "x"), (1, "x"), (2, "y")))),
+        ["--data.dataset=csv", "--data.root=table.csv", "--data.val_fraction=0.5"], "class 'y' has 1 image, too few to split for validation",
+    ),
     "a table in Latin-1": (
         lambda p: (p / "table.csv").write_bytes(b"file,label\n\xf6.png,x\n"), ["--data.dataset=csv", "--data.root=table.csv", "--data.val_fraction=0.5"],
         "table.csv is no CSV file in UTF-8",
@@ -228,6 +263,16 @@ OTHERS = {
     "an option that is not there": (None, ["--data.batchsize=4"], "unknown option --data.batchsize; did you mean --data.batch_size"),
     "a command that is not there": (None, "fti", "unknown command 'fti'; did you mean fit?"),
     "a value of the wrong type": (None, ["--data.batch_size=many"], "batch_size"),
+    "a probability of 5": (None, ["--data.hflip=5"], "hflip must be at least 0 and at most 1, got 5"),
+    "a range that is turned round": (None, ["--data.scale=[1,0.5]"], "scale must be the smaller number and then the larger one, got (1.0, 0.5)"),
+    "per cent in the place of a part": (None, ["--data.crop_pct=87.5"], "crop_pct must be above 0 and at most 1, got 87.5"),
+    "a policy of augmentation that is not there": (None, ["--data.auto_augment=randaug"], "auto_augment must be a policy of timm such as rand-m9-mstd0.5-inc1"),
+    "an interpolation that is not there": (None, ["--data.interpolation=bicubicc"], "interpolation must be one of nearest, bilinear"),
+    "statistics of too few channels": (None, ["--data.mean=[0.5,0.5]"], "mean must be of 1 or 3 numbers, as the model takes images, got [0.5, 0.5]"),
+    "images of two channels": (
+        None, ["--model.model_args={img_size: 32, patch_size: 16, embed_dim: 48, depth: 1, num_heads: 3, in_chans: 2}"],
+        "images are read with 1 (gray), 3 (RGB) or 4 channels (RGBA), the model takes 2 (in_chans)",
+    ),
     "a model that is not there": (None, ["--model.model=vit_tinny_patch16_224"], "unknown model 'vit_tinny_patch16_224'; did you mean vit_tiny_patch16_224"),
     "a connection that is not there": (None, ["--model.connection=dhd2"], "dhd2"),
     "more images in a batch than there are": (None, ["--data.batch_size=1000"], "batch_size must be at most 72, the training images per process, got 1000"),
