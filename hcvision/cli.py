@@ -221,6 +221,7 @@ class CommandLine(LightningCLI):
         """The last checks, before anything is written."""
         self.model.check_data(self.datamodule)
         self.datamodule.check_batch_size(self.trainer.world_size)
+        self.check_length()
         if self.checkpoint is not None:
             self.model.class_names = self.datamodule.class_names
             self.model.on_load_checkpoint(read_checkpoint(self.checkpoint))
@@ -232,6 +233,16 @@ class CommandLine(LightningCLI):
                 keep_metrics(self.run_folder) if self.resuming else make_room(self.run_folder)
             if self.model.untouched is not None and self.checkpoint is None:
                 print(f"weights of {self.model.hparams['init_from']}; {say_untouched(self.model.untouched)}")
+
+    def check_length(self) -> None:
+        """Raise ValueError when there is nothing to train, or nothing but the warm-up."""
+        trainer, limit = self.trainer, self.trainer.limit_train_batches
+        for name in ("max_epochs", "max_steps", "limit_train_batches"):
+            if getattr(trainer, name) == 0:
+                raise ValueError(f"there is nothing to train: {name} is 0")
+        batches = self.datamodule.count_batches(trainer.world_size)
+        if batches is not None:
+            self.model.count_warmup(trainer, min(batches, limit) if isinstance(limit, int) else int(batches * limit))
 
     def _run_subcommand(self, subcommand: str) -> None:
         try:

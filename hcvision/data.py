@@ -475,6 +475,13 @@ class ImageData(pl.LightningDataModule):
                 f"batch_size must be at most {share}, the training images per process, got {self.batch_size}"
             )
 
+    def count_batches(self, processes: int) -> int | None:
+        """Training batches of an epoch, of each process, where the images are known before ``setup``."""
+        if "train" not in self.stages:
+            return None
+        images = len(self.stages["train"][1])
+        return min(images, self.train_samples or images) // processes // self.batch_size
+
     def data_config(self, model: dict[str, Any] | None = None) -> dict[str, Any]:
         """input_size (C, H, W), mean, std, interpolation and crop_pct: what is given here, else the model's.
 

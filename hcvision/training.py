@@ -1,6 +1,7 @@
 """Lightning modules around timm models: classification and diffusion."""
 
 import difflib
+import math
 import os
 import warnings
 from collections.abc import Callable, Sequence
@@ -42,7 +43,8 @@ from hcvision.sampling import Sampling, columns_of, enlarge, grid, to_uint8
 from hcvision.sharding import hold_whole, number_by_module, shard
 
 PARTS = tuple(StreamConnection.parts)  # of a connection
-SCHEDULES = ("cosine", "tanh", "poly", "step", "multistep", "wsd", "constant")
+ENDING_SCHEDULES = ("cosine", "tanh", "poly", "wsd")
+SCHEDULES = (*ENDING_SCHEDULES, "step", "multistep", "constant")
 
 
 class TimmModule(pl.LightningModule):
@@ -203,8 +205,7 @@ class TimmModule(pl.LightningModule):
         if not self.batches_done:  # with max_steps Lightning would end the finished epoch once more
             self.trainer.fit_loop.epoch_loop.restarting = False
         self.batches_done = 0
-        if self.trainer.global_step:
-            self.lr_scheduler_step(self.lr_schedulers(), None)  # type: ignore[arg-type]
+        self.renew_schedule()
         self.hold_still()
 
     def check_place(self, data: ImageData, processes: int) -> None:
@@ -353,23 +354,37 @@ class TimmModule(pl.LightningModule):
             set_apart(optimizer, own, lr_scale=hparams["connection_lr_factor"])
         if hparams["connection_decay"]:
             set_apart(optimizer, own, weight_decay=hparams["weight_decay"])
-        updates = int(self.trainer.estimated_stepping_batches)
-        self.trainer.fit_loop.setup_data()  # a run of max_steps has no number of epochs, but epochs have a length
-        batches = self.trainer.num_training_batches
-        per_epoch = max(batches / self.trainer.accumulate_grad_batches, 1.0)
-        warmup = hparams["warmup_steps"] or round(hparams["warmup_epochs"] * per_epoch)
-        if warmup >= updates:
-            raise ValueError(f"the warm-up must be shorter than the {updates} updates of the run, got {warmup}")
+        schedule = {"scheduler": self.make_schedule(optimizer), "interval": "step"}
+        return {"optimizer": optimizer, "lr_scheduler": schedule}
+
+    def make_schedule(self, optimizer: torch.optim.Optimizer) -> Scheduler:
+        """The schedule of this run, in updates.
+
+        Raises:
+            ValueError: the warm-up is as long as the run, and this was not cut short.
+        """
+        hparams, trainer = self.hparams, self.trainer
+        trainer.fit_loop.setup_data()  # a run of max_steps has no number of epochs, but epochs have a length
+        batches = trainer.num_training_batches
+        updates, per_epoch = count_updates(trainer, batches), max(batches / trainer.accumulate_grad_batches, 1.0)
+        warmup = self.count_warmup(trainer, batches)
+        self.scheduled = hparams["lr"], updates
+        name = hparams["sched"]
+        if updates == float("inf") and name in ENDING_SCHEDULES:
+            about = f"the run has no set number of updates (max_epochs is {trainer.max_epochs}), which {name} needs: "
+            about += "after the warm-up the learning rate stays as it is; max_epochs or max_steps would set one"
+            warnings.warn(about)  # noqa: B028 - said once, whoever asks
+            name = "constant"
         sched_args = dict(hparams["sched_args"] or {})
-        for name in ("decay_epochs", "cooldown_epochs", "stable_timescale"):
-            if sched_args.get(name, 0) >= 1:
-                sched_args[name] = round(sched_args[name] * per_epoch)
+        for key in ("decay_epochs", "cooldown_epochs", "stable_timescale"):
+            if sched_args.get(key, 0) >= 1:
+                sched_args[key] = round(sched_args[key] * per_epoch)
         if "decay_milestones" in sched_args:
             sched_args["decay_milestones"] = [round(epoch * per_epoch) for epoch in sched_args["decay_milestones"]]
-        scheduler, _ = create_scheduler_v2(
+        return create_scheduler_v2(
             optimizer,
-            sched=hparams["sched"],
-            num_epochs=updates - warmup,
+            sched=name,
+            num_epochs=1 if updates == float("inf") else int(updates) - warmup,
             warmup_epochs=warmup,
             warmup_prefix=True,
             warmup_lr=hparams["warmup_lr"],
@@ -377,11 +392,47 @@ class TimmModule(pl.LightningModule):
             step_on_epochs=False,
             updates_per_epoch=1,
             **sched_args,
-        )
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        )[0]
 
-    def lr_scheduler_step(self, scheduler: Scheduler, metric: Any) -> None:  # type: ignore[override]
-        scheduler.step_update(self.trainer.global_step)
+    def count_warmup(self, trainer: pl.Trainer, batches: float) -> int:
+        """Updates of the warm-up in a run whose epochs have so many batches; half of a run that was cut short.
+
+        Raises:
+            ValueError: the warm-up is as long as the run, and this was not cut short.
+        """
+        steps, epochs = self.hparams["warmup_steps"], self.hparams["warmup_epochs"]
+        if epochs and batches == float("inf"):
+            raise ValueError(f"warmup_epochs {epochs:g} needs epochs of a known length; warmup_steps does not")
+        updates, per_epoch = count_updates(trainer, batches), max(batches / trainer.accumulate_grad_batches, 1.0)
+        warmup = round(epochs * per_epoch) if epochs else steps
+        if warmup < updates:
+            return warmup
+        option, given = ("warmup_epochs", epochs) if epochs else ("warmup_steps", steps)
+        whole = f"{updates / per_epoch:.3g} epochs" if epochs else f"{updates} updates"
+        if trainer.limit_train_batches == 1.0 and trainer.max_steps == -1 and trainer.max_epochs != 1:
+            raise ValueError(f"{option} must be less than the {whole} of the run, got {given:g}")
+        half = int(updates) // 2
+        warnings.warn(f"{option} {given:g} is more than this short run has ({whole}): {half} updates of warm-up")  # noqa: B028
+        return half
+
+    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
+        if isinstance(scheduler, Scheduler):
+            scheduler.step_update(self.trainer.global_step)
+        else:  # that of a callback or a tuner
+            super().lr_scheduler_step(scheduler, metric)
+
+    def renew_schedule(self) -> None:
+        """Have the schedule be at this step, and of the learning rate and the batches that a tuner has found since."""
+        for config in self.trainer.lr_scheduler_configs:
+            if not isinstance(config.scheduler, Scheduler):
+                continue
+            (optimizer,), (lr, updates) = self.trainer.optimizers, self.scheduled
+            now = self.hparams["lr"], count_updates(self.trainer, self.trainer.num_training_batches)
+            if now != (lr, updates) and self.trainer.callbacks:  # a tuner's trials have none
+                for group in optimizer.param_groups:
+                    group["initial_lr"] *= self.hparams["lr"] / lr
+                config.scheduler = self.make_schedule(optimizer)
+            self.lr_scheduler_step(config.scheduler, None)
 
     @property
     def head_names(self) -> tuple[str, ...]:
@@ -804,6 +855,14 @@ class ImageGenerator(TimmModule):
                 logger.experiment.add_image("samples", picture, self.global_step)
             elif hasattr(logger, "log_image"):
                 logger.log_image("samples", [picture], step=self.global_step)
+
+
+def count_updates(trainer: pl.Trainer, batches: float) -> float:
+    """Updates of a run whose epochs have so many batches; infinite where nothing says when it ends."""
+    endless = trainer.max_epochs in (None, -1) or batches == float("inf")
+    each = math.ceil(batches / trainer.accumulate_grad_batches) if not endless else 0
+    updates = float("inf") if endless else each * max(trainer.max_epochs or 0, 1)
+    return updates if trainer.max_steps == -1 else min(updates, trainer.max_steps)
 
 
 def compare_classes(there: list[str] | None, here: list[str] | None) -> str | None:

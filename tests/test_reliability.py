@@ -233,6 +233,13 @@ def malicious(place, name):
     torch.save({"state_dict": Payload(place / "it_ran")}, place / f"zip_{name}")
 
 
+def rename_classes(root, to):
+    if not to.exists():
+        shutil.copytree(root, to)
+        for split in ("train", "val"):
+            (to / split / "zebra").rename(to / split / "zorse")
+
+
 def table(place, text):
     (place / "table.csv").write_text(text)
 
@@ -295,6 +302,18 @@ OTHERS = {
     "a safetensors file cut in the middle": (
         lambda p: (p / "cut.safetensors").write_bytes(b"\x10\x00\x00\x00\x00\x00\x00\x00{}"), [NEW, "--model.init_from=cut.safetensors"], "cut.safetensors is no safetensors file, or a damaged one",
     ),
+    "a checkpoint of other classes, though of as many": (
+        lambda p: rename_classes(p / "photos", p / "renamed"), [NEW, "--data.root=renamed", "--ckpt_path=run/checkpoints/last.ckpt"],
+        "the checkpoint is of other classes than the data: class 2 is 'zebra' there and 'zorse' here; data of its classes would work",
+    ),
+    "a path below the home folder of nobody": (None, ["--run=~nobody-here/run"], "there is no home folder for ~nobody-here/run"),
+    "a warm-up of more updates than the run has": (
+        None, [NEW, "--model.warmup_steps=500"], "warmup_steps must be less than the 18 updates of the run, got 500",
+    ),
+    "a warm-up of more epochs than the run has": (
+        None, [NEW, "--model.warmup_epochs=5"], "warmup_epochs must be less than the 2 epochs of the run, got 5",
+    ),
+    "no epoch to train": (None, [NEW, "--trainer.max_epochs=0"], "there is nothing to train: max_epochs is 0"),
     "a checkpoint of another architecture": (
         None, [NEW, "--ckpt_path=run/checkpoints/last.ckpt", "--model.connection=dhc4"],
         "the checkpoint is of another architecture: connection is 'dhc2' there and 'dhc4' here",

@@ -16,6 +16,8 @@ import timm
 import torch
 from conftest import randomize
 from PIL import Image
+from pytorch_lightning.callbacks import BatchSizeFinder, LearningRateFinder, StochasticWeightAveraging
+from pytorch_lightning.tuner import Tuner
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from hcvision.connections import StreamConnection
@@ -261,8 +263,10 @@ def test_wrong_arguments(build, arguments, message):
 
 
 def test_wrong_for_the_run(build, fit):
-    with pytest.raises(ValueError, match="warm-up must be shorter than the 18 updates"):
+    with pytest.raises(ValueError, match="warmup_steps must be less than the 18 updates of the run, got 18"):
         fit(build(warmup_steps=18))
+    with pytest.raises(ValueError, match=r"warmup_epochs must be less than the 2 epochs of the run, got 2\.5"):
+        fit(build(warmup_epochs=2.5))
     with pytest.raises(ValueError, match="num_classes must be 3, as in the data, got 5"):
         fit(build(num_classes=5))
 
@@ -470,6 +474,129 @@ def test_epochs_of_warmup_in_a_run_of_steps(build, fit):
         gradient_clip_val=1e-9,
     )
     assert rates == pytest.approx([step / 9 for step in range(9)] + [1.0] * 4)
+
+
+class Rates(pl.Callback):
+    """The rate of every batch; asks to stop after so many."""
+
+    def __init__(self, stop=None):
+        self.rates, self.stop = [], stop
+
+    def on_train_batch_start(self, trainer, *_):
+        self.rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+        trainer.should_stop |= len(self.rates) == self.stop
+
+
+WARMED = [step / 4 for step in range(4)]
+
+
+@pytest.mark.parametrize(
+    ("sched", "arguments", "rates"),
+    [
+        *((sched, None, [*WARMED, *[1.0] * 16]) for sched in ("cosine", "tanh", "poly", "wsd", "constant")),
+        ("step", {"decay_epochs": 1}, [*WARMED, *[1.0] * 9, *[0.1] * 7]),
+        ("multistep", {"decay_milestones": [1]}, [*WARMED, *[1.0] * 8, *[0.1] * 8]),
+    ],
+)
+def test_an_endless_run_trains(build, fit, sched, arguments, rates, recwarn):
+    """At a rate that stays where a schedule needs an end, and says so."""
+    watch = Rates(stop=20)
+    model = build(lr=1.0, warmup_steps=4, sched=sched, sched_args=arguments, opt="sgd")
+    trainer = fit(model, max_epochs=-1, callbacks=[watch], gradient_clip_val=1e-9)
+    assert trainer.global_step == 20
+    assert watch.rates == pytest.approx(rates)
+    said = [str(w.message) for w in recwarn if "no set number of updates" in str(w.message)]
+    assert bool(said) == (sched in ("cosine", "tanh", "poly", "wsd"))
+    assert all(f"(max_epochs is -1), which {sched} needs" in line for line in said)
+
+
+@pytest.mark.filterwarnings("ignore:.*exists and is not empty", "ignore:.*not resumable", "ignore:Be aware")
+def test_a_run_of_a_time_is_kept_and_goes_on(build, images, trainer_args, tmp_path):
+    """A millisecond is one step; then some of max_steps."""
+    options = {**trainer_args, "enable_checkpointing": True}
+    last = tmp_path / "checkpoints" / "last.ckpt"
+
+    def train(checkpoint=None, **more):
+        pl.seed_everything(0, verbose=False)
+        pl.Trainer(**equip(tmp_path, {**options, **more})).fit(
+            build(sched="constant", ema_decay=0.5), images(), ckpt_path=checkpoint, weights_only=True
+        )
+        return read_checkpoint(last)
+
+    assert train(max_time={"milliseconds": 1})["global_step"] == 1
+    resumed = train(last, max_epochs=-1, max_steps=11)
+    shutil.rmtree(tmp_path / "checkpoints")
+    whole = train(max_epochs=-1, max_steps=11)
+    for key in ("state_dict", "current_model_state"):
+        assert all(torch.equal(resumed[key][name], whole[key][name]) for name in whole[key]), key
+
+
+@pytest.mark.parametrize(
+    ("warmup", "trainer", "rates", "said"),
+    [
+        ({"warmup_epochs": 1}, {"fast_dev_run": True}, [1.0], "warmup_epochs 1 .* 0 updates of warm-up"),
+        ({"warmup_epochs": 1}, {"max_epochs": 1}, [0, 0.25, 0.5, 0.75], r"\(1 epochs\): 4 updates of warm-up"),
+        ({"warmup_epochs": 3}, {"max_steps": 2}, [0, 1.0], r"warmup_epochs 3 .* \(0\.222 epochs\): 1 updates"),
+        ({"warmup_steps": 99}, {"limit_train_batches": 2}, [0, 0.5, 1.0, 1.0], r"warmup_steps 99 .* .*: 2 updates"),
+        ({"warmup_steps": 99}, {"overfit_batches": 2}, [0, 0.5, 1.0, 1.0], r"warmup_steps 99 .* .*: 2 updates"),
+    ],
+)  # fmt: skip
+@pytest.mark.filterwarnings("ignore:.*overfit")
+def test_a_run_that_is_cut_short_has_a_short_warmup(build, fit, warmup, trainer, rates, said):
+    watch = Rates()
+    with pytest.warns(UserWarning, match=said):
+        fit(build(lr=1.0, sched="constant", opt="sgd", **warmup), callbacks=[watch], gradient_clip_val=1e-9, **trainer)
+    assert watch.rates[: len(rates)] == pytest.approx(rates)
+
+
+def test_the_learning_rate_finder_is_followed(build, fit):
+    """By every group of the optimizer, with the warm-up and layer decay that it had."""
+    watch = Rates()
+
+    class Finder(LearningRateFinder):
+        def on_fit_start(self, trainer, module):
+            super().on_fit_start(trainer, module)
+            watch.rates.clear()
+
+    model = build(lr=0.5, warmup_steps=4, sched="constant", layer_decay=0.5, opt="sgd")
+    trainer = fit(model, 2, callbacks=[finder := Finder(num_training_steps=16, early_stop_threshold=None), watch])
+    found = finder.optimal_lr.suggestion()
+    assert found not in (None, 0.5)
+    assert model.hparams["lr"] == found
+    scale = trainer.optimizers[0].param_groups[0]["lr_scale"]
+    assert watch.rates == pytest.approx([scale * found * min(step / 4, 1) for step in range(18)])
+    assert all(group["lr"] == pytest.approx(group["lr_scale"] * found) for group in trainer.optimizers[0].param_groups)
+
+
+def test_the_batch_size_finder_is_followed(build, fit, images):
+    """The schedule is of as many updates as there are with the batches that it found."""
+    watch, data = Rates(), images(batch_size=2)
+    finder = BatchSizeFinder(init_val=4, max_trials=3, steps_per_trial=1)
+    trainer = fit(build(lr=1.0, warmup_steps=2, opt="sgd"), 2, data, callbacks=[finder, watch], gradient_clip_val=1e-9)
+    assert (data.batch_size, trainer.global_step) == (16, 8)
+    expected = [0.0, 0.5, *(0.5 * (1 + math.cos(math.pi * step / 6)) for step in range(6))]
+    assert watch.rates == pytest.approx(expected)
+
+
+@pytest.mark.filterwarnings("ignore:SWA is currently only", "ignore:Swapping scheduler")
+def test_weight_averaging_of_lightning_has_its_own_schedule(build, fit):
+    watch = Rates()
+    averaging = StochasticWeightAveraging(0.25, swa_epoch_start=1, annealing_epochs=2, annealing_strategy="linear")
+    model = build(lr=1.0, sched="constant", opt="sgd")
+    fit(model, 4, callbacks=[averaging, watch], gradient_clip_val=1e-9)
+    assert watch.rates[:9] == [1.0] * 9
+    assert watch.rates[-1] == pytest.approx(0.25)
+
+
+@pytest.mark.parametrize("tune", ["lr_find", "scale_batch_size"])
+def test_tuners_by_themselves(build, images, trainer_args, tune):
+    model, data = build(lr=0.5), images(batch_size=2)
+    tuner = Tuner(pl.Trainer(max_epochs=1, **trainer_args))
+    if tune == "lr_find":
+        found = tuner.lr_find(model, datamodule=data, num_training=16, update_attr=True).suggestion()
+        assert found == model.hparams["lr"] != 0.5
+    else:
+        assert tuner.scale_batch_size(model, datamodule=data, init_val=4, max_trials=2) == data.batch_size == 8
 
 
 @pytest.mark.parametrize("objective", ["ddpm", "velocity"])
@@ -976,14 +1103,6 @@ def test_macro_accuracy_is_the_mean_over_classes(build, trainer_args, image_fold
 
 def test_a_run_that_gets_more_epochs_follows_their_schedule(build, fit, images, trainer_args, tmp_path):
     """Not that of the epochs before, which has ended: the rest would be trained with a rate of zero."""
-
-    class Rates(pl.Callback):
-        def __init__(self):
-            self.rates = []
-
-        def on_train_batch_start(self, trainer, *_):
-            self.rates.append(trainer.optimizers[0].param_groups[0]["lr"])
-
     whole, rest = Rates(), Rates()
     fit(build(lr=1e-3, warmup_steps=3), 4, callbacks=[whole])
     trainer = fit(build(lr=1e-3, warmup_steps=3), 2)
