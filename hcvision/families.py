@@ -124,16 +124,20 @@ def _compose(mixin: type[ConnectedBlock]) -> Callable:
         branch = ", ".join([f"self.branch{k}", *(f"{parameter.name}={parameter.name}" for parameter in own)])
         carry = f", self.carry{k}" if hasattr(mixin, f"carry{k}") else ""
         calls.append(f"    x = self.connection{k}(x, partial({branch}){carry})")
+    leave = [
+        f"    x = self.connection{mixin.adds}.leave(x, self.exit_rate)",
+        "    return x.movedim(3, 1) if self.channels_first else x",
+    ]
     lines = [
         "    if self.channels_first:",
         "        x = x.movedim(1, 3)",
         "    x = self.connection1.enter(x, self.entry_rate)",
-        f"    if torch.jit.is_scripting() or not ({hooked}):",
-        *(f"    {line}" for line in lines),
-        "    else:",
-        *(f"    {line}" for line in calls),
-        f"    x = self.connection{mixin.adds}.leave(x, self.exit_rate)",
-        "    return x.movedim(3, 1) if self.channels_first else x",
+        "    if torch.jit.is_scripting():",
+        "        pass",
+        f"    elif {hooked}:",
+        *(f"    {line}" for line in calls + leave),
+        *lines,
+        *leave,
     ]
     signature = ", ".join(["self", "x: torch.Tensor", *map(str, extras.values())])
     source = f"def forward({signature}) -> torch.Tensor:\n" + "\n".join(lines) + "\n"

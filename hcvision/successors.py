@@ -325,12 +325,12 @@ def sinkhorn(logits: Tensor, iterations: int = ITERATIONS) -> Tensor:
     row and column has a number of at least 1 / n^2, so that logits of any size are safe.
     """
     last = logits.dim() - 1  # counted from the front: ONNX has no other names
-    logits = logits.movedim((last - 1, last), (0, 1)).contiguous()  # with the tokens last sums over 4 numbers are quick
+    logits = logits.movedim([last - 1, last], [0, 1]).contiguous()  # with the tokens last sums over 4 numbers are quick
     if torch.jit.is_scripting():
         scaled = _scale_in_turn(logits, iterations)[0][-1]
     else:
         scaled = _scale_in_turn(logits, iterations)[0][-1] if plain.is_plain() else _Sinkhorn.apply(logits, iterations)
-    return scaled.movedim((0, 1), (last - 1, last))
+    return scaled.movedim([0, 1], [last - 1, last])
 
 
 def _scale_in_turn(logits: Tensor, iterations: int) -> Tuple[List[Tensor], List[Tensor]]:
