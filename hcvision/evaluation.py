@@ -18,14 +18,16 @@ from torchmetrics.classification import (
 
 from hcvision.images import printable
 from hcvision.runs import markdown, write_cells, write_csv, write_json
+from hcvision.training import ClassCounts
 
 SHOWN = 20  # classes of the table that is printed
+MOST_CLASSES = 2000  # of a confusion matrix, which grows with their square
 
 
 class ClassReport(pl.Callback):
     """After a test: ``classes.csv`` in a folder; ``confusion.csv`` and ``confusion.png`` for one label per image.
 
-    Prints the classes with the lowest score.
+    Prints the classes with the lowest score. More than ``MOST_CLASSES`` have no confusion matrix, and it says so.
     """
 
     def __init__(self, folder: Path):
@@ -34,7 +36,9 @@ class ClassReport(pl.Callback):
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         classes, multi_label = pl_module.hparams["num_classes"], pl_module.hparams["multi_label"]
         each: dict[str, Any] = {"num_labels": classes, "average": "none"}
-        scores: dict[str, Any] = {"confusion": MulticlassConfusionMatrix(classes)}
+        scores: dict[str, Any] = {"counts": ClassCounts(classes)}
+        if classes <= MOST_CLASSES:
+            scores["confusion"] = MulticlassConfusionMatrix(classes)
         if multi_label:
             scores = {
                 "average precision": MultilabelAveragePrecision(**each),
@@ -64,12 +68,17 @@ class ClassReport(pl.Callback):
         names = data.class_names or [str(number) for number in range(len(self.count))]
         self.folder.mkdir(parents=True, exist_ok=True)
         write_json(self.folder / "about.json", {"checkpoint": str(trainer.ckpt_path), "data": str(data.root)})
+        remark = ""
+        if "counts" in scores:
+            rows = rate_classes(scores["counts"].cpu(), names)
         if "confusion" in scores:
             matrix = scores["confusion"].cpu()
-            rows = count_confusions(matrix, names)
+            rows = [row | more for row, more in zip(rows, count_confusions(matrix, names), strict=True)]
             lines = [[name, *line] for name, line in zip(names, matrix.tolist(), strict=True)]
             write_cells(self.folder / "confusion.csv", [["class", *names], *lines])
             draw_confusion(matrix, names).savefig(self.folder / "confusion.png", dpi=150)
+        elif "counts" in scores:
+            remark = f"; {len(names)} are too many for a confusion matrix, which is made for up to {MOST_CLASSES}"
         else:
             values = {name: value.tolist() for name, value in scores.items()}
             rows = [
@@ -78,28 +87,31 @@ class ClassReport(pl.Callback):
             ]
         decimals = [{k: f"{v:.4f}" if isinstance(v, float) else v for k, v in row.items()} for row in rows]
         write_csv(self.folder / "classes.csv", decimals)
-        print("\n".join(["", *lowest(rows), "", f"the classes are in {self.folder}"]))
+        print("\n".join(["", *lowest(rows), "", f"the classes are in {self.folder}{remark}"]))
+
+
+def rate_classes(counts: Tensor, names: list[str]) -> list[dict[str, Any]]:
+    """Per class: images, accuracy (its recall), precision and F1, from ``ClassCounts`` (K, 3) of the K names."""
+    right, images, taken = counts.double().unbind(1)
+    rates = torch.stack([right / images, right / taken, 2 * right / (images + taken)], dim=1).tolist()
+    return [
+        {"class": name, "images": count, **dict(zip(("accuracy", "precision", "f1"), rate, strict=True))}
+        for name, count, rate in zip(names, counts[:, 1].tolist(), rates, strict=True)
+    ]
 
 
 def count_confusions(matrix: Tensor, names: list[str]) -> list[dict[str, Any]]:
-    """Per class: images, accuracy (its recall), precision, F1, and the class it is taken for most often.
+    """Per class: the class it is taken for most often, and how often.
 
     Args:
         matrix: (K, K), images of the row's class that were taken for the column's.
         names: of the K classes.
     """
-    right, images, taken = matrix.diagonal().double(), matrix.sum(1), matrix.sum(0)
-    wrong = matrix.clone().fill_diagonal_(0)
-    most, which = wrong.max(1)
-    accuracy, precision = right / images, right / taken
-    f1 = 2 * right / (images + taken)
+    most, which = matrix.clone().fill_diagonal_(0).max(1)
     return [
-        {
-            "class": name, "images": int(images[k]), "accuracy": float(accuracy[k]), "precision": float(precision[k]),
-            "f1": float(f1[k]), "taken for": names[which[k]] if most[k] else "", "times": int(most[k]),
-        }
-        for k, name in enumerate(names)
-    ]  # fmt: skip
+        {"taken for": names[other] if times else "", "times": times}
+        for times, other in zip(most.tolist(), which.tolist(), strict=True)
+    ]
 
 
 def lowest(rows: list[dict[str, Any]]) -> list[str]:

@@ -24,10 +24,9 @@ from timm.optim import create_optimizer_v2, list_optimizers
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
-from torchmetrics import MeanMetric, MetricCollection
+from torchmetrics import MeanMetric, Metric, MetricCollection
 from torchmetrics.classification import (
     MulticlassAccuracy,
-    MulticlassStatScores,
     MultilabelAveragePrecision,
     MultilabelF1Score,
 )
@@ -519,11 +518,41 @@ class TimmModule(pl.LightningModule):
             raise ValueError(f"the checkpoint is of another architecture: {difference}")
 
 
-class MacroAccuracy(MulticlassStatScores):
+class ClassCounts(Metric):
+    """Of each of K classes, summed over processes: images rightly taken for it, images of it, images taken for it.
+
+    ``compute`` gives them as (K, 3). A table of all pairs of classes, as torchmetrics counts by, would be K x K.
+    """
+
+    right: Tensor
+    images: Tensor
+    taken: Tensor
+
+    def __init__(self, num_classes: int):
+        super().__init__()
+        self.num_classes = num_classes
+        for name in ("right", "images", "taken"):
+            self.add_state(name, torch.zeros(num_classes, dtype=torch.long), dist_reduce_fx="sum")
+
+    def update(self, logits: Tensor, targets: Tensor) -> None:
+        """Logits (B, K) and classes (B,)."""
+        taken = logits.argmax(1)
+        self.right += self.count(targets[taken == targets])
+        self.images += self.count(targets)
+        self.taken += self.count(taken)
+
+    def count(self, classes: Tensor) -> Tensor:
+        return self.right.new_zeros(self.num_classes).index_add_(0, classes, torch.ones_like(classes))
+
+    def compute(self) -> Tensor:
+        return torch.stack([self.right, self.images, self.taken], dim=1)
+
+
+class MacroAccuracy(ClassCounts):
     """The mean over classes of the share of their images that are found; over those that have images."""
 
     def compute(self) -> Tensor:
-        right, *_, images = super().compute().double().unbind(-1)
+        right, images, _ = super().compute().double().unbind(-1)
         return (right / images)[images > 0].mean().float()
 
 
@@ -580,7 +609,7 @@ class ImageClassifier(TimmModule):
         scores: dict[str, Any] = {"map": MultilabelAveragePrecision(classes), "f1": MultilabelF1Score(classes)}
         if not multi_label:
             scores = {f"top{k}": MulticlassAccuracy(classes, top_k=k, average="micro") for k in (1, 5) if k <= classes}
-            scores["macro"] = MacroAccuracy(classes, average=None)
+            scores["macro"] = MacroAccuracy(classes)
             self.train_top1 = MulticlassAccuracy(classes, average="micro")
         self.val_metrics = MetricCollection(scores, prefix="val_")
         self.test_metrics = self.val_metrics.clone(prefix="test_")
