@@ -171,7 +171,10 @@ def run_data(source: str, but_not: tuple[str, ...] = (), changes: dict[str, Any]
     if path is None:
         raise ValueError("no config.yaml says what the data are")
     try:
-        config = yaml.safe_load(path.read_text())["data"] | (changes or {})
+        own, changes = yaml.safe_load(path.read_text())["data"], changes or {}
+        if any("pipe:" in str(value).lower() for name, value in own.items() if name not in changes):
+            raise ValueError("its config.yaml names a command, which only the command line may")
+        config = own | changes
         if not config.get("dataset", "folder").startswith(but_not):
             return ImageData(**{**config, "num_workers": 0})
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, yaml.YAMLError) as error:

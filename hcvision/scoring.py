@@ -7,6 +7,7 @@ torch-fidelity computes the scores.
 
 import json
 import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -275,11 +276,14 @@ def open_samples(path: Path) -> list[np.ndarray]:
     if not path.is_file():
         raise FileNotFoundError(f"there are no samples {path}: neither a folder of `hcvision sample` nor a .npz")
     try:
-        images = np.load(path)["arr_0"]
-    except (ValueError, KeyError, OSError, zipfile.BadZipFile) as error:
+        with path.open("rb") as file:
+            images = np.asarray(np.load(file)["arr_0"])  # without pickles, which could run code
+    except (ValueError, LookupError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"{path} is no .npz with arr_0: {error}") from error
-    if images.ndim != 4 or images.dtype != np.uint8:
-        raise ValueError(f"arr_0 of {path} must be (N, H, W, C) uint8, got {images.shape} {images.dtype}")
+    if images.ndim != 4 or images.dtype != np.uint8 or images.shape[3] not in (1, 3):
+        raise ValueError(
+            f"arr_0 of {path} must be (N, H, W, C) uint8, got {images.shape} {images.dtype} (C has to be 1 or 3)"
+        )
     return [images]
 
 

@@ -223,7 +223,7 @@ class TarShards(Shards):
             lengths |= zip(part["filenames"], part["shard_lengths"], strict=True)
         command = next((file for file in lengths if "pipe:" in file.lower()), None)
         if command is not None:
-            raise ValueError(f"_info.json names a command ({command!r}); only --data.train_split and the like may")
+            raise ValueError(f"_info.json names a command ({command!r}), which only the command line may")
         self.names = [file if is_remote(file) else os.path.join(root, file) for file in about.filenames]
         missing = [path for path in self.names if not is_remote(path) and not os.path.isfile(path)]
         if missing:
@@ -301,6 +301,7 @@ class HubRows(Dataset):
         datasets = importlib.import_module("datasets")
         rows = datasets.load_dataset(name, split=split, cache_dir=root)
         self.image, self.label, self.classes = find_columns(rows.features, label)
+        rows = rows.select_columns([self.image, self.label])  # others would be decoded, too
         self.rows = rows.cast_column(self.image, datasets.Image(decode=False))
 
     def __len__(self) -> int:

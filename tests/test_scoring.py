@@ -1,6 +1,8 @@
 import json
 import pickle
 import shutil
+import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -241,3 +243,33 @@ def test_weights_of_inception_execute_nothing(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="is no checkpoint, or a damaged one"):
         Inception(str(tmp_path / "evil2.pth"))
     assert not (tmp_path / "payload-ran").exists()
+
+
+@pytest.mark.parametrize(
+    "what", ["an object", "a pickle", "a .npy", "nothing", "a text", "half", "floats", "two channels"]
+)
+def test_files_of_samples_run_nothing(tmp_path, what):
+    """What is no .npz of images ends in one line; no pickle in it is read."""
+
+    class Payload:
+        def __reduce__(self):
+            return (Path.write_text, (tmp_path / "it_ran", "it ran"))
+
+    path, images = tmp_path / "a.npz", np.zeros((4, 8, 8, 3), np.uint8)
+    np.savez(path, arr_0=images)
+    if what == "an object":
+        np.savez(path, allow_pickle=True, arr_0=np.array([Payload()], dtype=object))
+    elif what == "a .npy":
+        with path.open("wb") as file:
+            np.save(file, images)
+    elif what == "a text":
+        with zipfile.ZipFile(path, "w") as file:
+            file.writestr("arr_0", "text")
+    elif what in ("floats", "two channels"):
+        np.savez(path, arr_0=images / 2 if what == "floats" else images[..., :2])
+    else:
+        whole = path.read_bytes()
+        path.write_bytes({"a pickle": pickle.dumps(Payload()), "nothing": b"", "half": whole[: len(whole) // 2]}[what])
+    with pytest.raises(ValueError, match=r"a\.npz (is no .npz with arr_0: |must be .* uint8, got )"):
+        open_samples(path)
+    assert not (tmp_path / "it_ran").exists()

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from PIL import Image
 from hcvision import streaming
 from hcvision.data import ImageData
 from hcvision.images import to_mode
+from hcvision.prediction import run_data
 from hcvision.training import ImageClassifier
 
 ROOT = Path(__file__).parent.parent
@@ -443,3 +445,103 @@ def test_two_processes_fit_and_validate(sources, tmp_path, tiny, trainer_args):
     data = ImageData(**sources["tars"], num_classes=3, batch_size=4, num_workers=0)
     (scores,) = pl.Trainer(**trainer_args).validate(classifier, data, str(checkpoint), verbose=False, weights_only=True)
     assert scores["val_top1"] == float(written[-1])
+
+
+def lying(number=5):
+    """A picture whose left half is red, and the bytes of it turned, with a note of that in EXIF."""
+    image = Image.new("RGB", (8, 8), (0, 0, number))
+    image.paste((255, 0, 0), (0, 0, 4, 8))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    file = io.BytesIO()
+    image.transpose(Image.Transpose.ROTATE_90).save(file, "png", exif=exif)
+    return np.asarray(image), file.getvalue()
+
+
+POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n%%EOF\n"
+
+
+@pytest.mark.parametrize("kind", ["tars", "hfids", "hfds", "torch"])
+def test_streams_are_read_as_files_are(tmp_path, kind, monkeypatch):
+    """Upright, of the same kinds, without what other programs leave, and with nothing that is run or unpickled."""
+    monkeypatch.setattr(subprocess, "Popen", None)
+    upright, stored = lying()
+    tampered = pickle.dumps(Payload(tmp_path / "it_ran"))
+    root = tmp_path / "d"
+    root.mkdir()
+    if kind == "tars":
+        more = {"pickle": tampered, "pyd": tampered, "npy": tampered, "json": b"{}"}
+        samples = [
+            ("0", {"png": stored, "cls": b"1", **more}), ("dir/._0", {"png": b"\0\5"}), ("__MACOSX/._0", {"png": b""}),
+            ("1", {"jpg": POSTSCRIPT, "cls": b"0", **more}),
+        ]  # fmt: skip
+        write_tar(root / "a.tar", samples)
+        source = {"dataset": "wds/x", "root": str(root), "train_split": "a.tar|2", "val_split": "a.tar|2"}
+    elif kind == "torch":
+        for split in ("train", "val"):
+            for name, content in (
+                ("a/1.jpg", POSTSCRIPT),
+                ("b/0.png", stored),
+                (".hidden/0.png", stored),
+                ("b/._0.png", b""),
+            ):
+                (root / split / name).parent.mkdir(parents=True, exist_ok=True)
+                (root / split / name).write_bytes(content)
+        source = {"dataset": "torch/image_folder", "root": str(root)}
+    else:
+        pictures = [
+            {"picture": {"bytes": content, "path": None}, "label": label, "other": {"bytes": POSTSCRIPT, "path": None}}
+            for content, label in ((stored, 1), (POSTSCRIPT, 0))
+        ]
+        write_parquet(root / "train.parquet", pictures, other=datasets.Image())
+        write_parquet(root / "validation.parquet", pictures, other=datasets.Image())
+        for split in ("train", "validation"):  # the column of images is the one that is called so
+            table = datasets.Dataset.from_parquet(str(root / f"{split}.parquet"), cache_dir=str(tmp_path / "c"))
+            table.rename_column("picture", "image").to_parquet(str(root / f"{split}.parquet"))
+        sizes = "".join(
+            f"\n  - name: {split}\n    num_examples: 2\n    num_bytes: 1" for split in ("train", "validation")
+        )
+        (root / "README.md").write_text(f"---\ndataset_info:\n  splits:{sizes}\n---\n")
+        source = {"dataset": f"{kind}/{root}", "root": str(tmp_path / "cache"), "val_split": "validation"}
+    data = open_data(source, batch_size=2, skip_bad_images=True, num_classes=2 if kind == "torch" else 3)
+    (batch,) = data.val_dataloader()
+    (bad,) = batch.bad
+    assert bad.reason == "it is no image, or of a kind that is not read"
+    assert batch.targets.tolist() == [1]
+    assert ((batch.images[0] * 255).round().permute(1, 2, 0).numpy() == upright).all()
+    assert not (tmp_path / "it_ran").exists()
+
+
+class Payload:
+    """Unpickling it writes a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (Path.write_text, (self.path, "it ran"))
+
+
+@pytest.mark.parametrize("command", ["pipe:touch {}", "PIPE:touch {}", " pipe:touch {}"])
+def test_a_file_about_shards_starts_no_program(sources, tmp_path, command):
+    shutil.copytree(sources["tars"]["root"], tmp_path / "tars")
+    path = tmp_path / "tars" / "_info.json"
+    about = json.loads(path.read_text())
+    about["splits"]["train"]["filenames"][0] = command.format(tmp_path / "it_ran")
+    path.write_text(json.dumps(about))
+    with pytest.raises(
+        ValueError, match=r"_info.json names a command \(' ?(pipe|PIPE):touch .*which only the command line may"
+    ):
+        open_data({**sources["tars"], "root": str(tmp_path / "tars")})
+    assert not (tmp_path / "it_ran").exists()
+
+
+def test_a_config_of_a_run_starts_no_program(tmp_path):
+    """Who looks at a run that others trained reads its data."""
+    (tmp_path / "checkpoints").mkdir()
+    for name in ("root", "train_split"):
+        own = {"dataset": "wds/x", "num_classes": 3, name: f"pipe:touch {tmp_path / 'it_ran'} #.tar|9"}
+        (tmp_path / "config.yaml").write_text(json.dumps({"data": own}))
+        with pytest.raises(ValueError, match=r"config.yaml names a command, which only the command line may"):
+            run_data(str(tmp_path))
+        assert not (tmp_path / "it_ran").exists()
