@@ -2,7 +2,8 @@
 
 A C compiler with OpenMP is needed (``CC`` in the environment names another than gcc, cc or clang), and is looked for
 once; what it makes lies in ``$XDG_CACHE_HOME/hcvision`` or ``~/.cache/hcvision``, a file for each number of streams
-and views. Compiling one takes about a second. Without a compiler PyTorch does the work.
+and views. Compiling one takes about a second. Where nothing can be kept there, every process compiles its own.
+Without a compiler PyTorch does the work.
 """
 
 import ctypes
@@ -14,6 +15,7 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+import warnings
 from pathlib import Path
 from typing import Optional
 
@@ -38,8 +40,15 @@ class Sizes(ctypes.Structure):
 
 
 def cache_folder() -> Path:
-    """Where compiled kernels are kept."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "hcvision"
+    """Where compiled kernels are kept.
+
+    Raises:
+        OSError: there is no home folder.
+    """
+    place = os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+    if place.startswith("~"):
+        raise OSError("there is no home folder")
+    return Path(place) / "hcvision"
 
 
 @functools.cache
@@ -49,19 +58,44 @@ def compiler() -> list[str]:
     return chosen or next(([name] for name in ("gcc", "cc", "clang") if shutil.which(name)), [])
 
 
-def build(command: list[str], library: Path) -> str:
-    """Compile into a file that is there only when it is whole. Returns what went wrong, if anything did."""
+class CompilerError(Exception):
+    """The compiler did not do it."""
+
+
+def build(command: list[str], library: Path) -> Path:
+    """Compile into a file.
+
+    Raises:
+        CompilerError: there is no such compiler, or it failed.
+    """
     try:
+        run = subprocess.run([*command, "-o", str(library)], capture_output=True, text=True, timeout=300)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise CompilerError(f"{command[0]} failed: {error}") from error
+    if run.returncode:
+        raise CompilerError(f"{command[0]} failed: {(run.stderr.strip() or 'no message').splitlines()[0]}")
+    return library
+
+
+def open_kept(command: list[str], name: str) -> ctypes.CDLL:
+    """The library in the cache, which is compiled if it is not there, and is there whole or not at all.
+
+    Raises:
+        OSError: the cache cannot be written, or nothing in it can be loaded.
+        CompilerError: from ``build``.
+    """
+    library = cache_folder() / name
+    if not library.exists():
         library.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=library.parent) as folder:
-            made = Path(folder) / library.name
-            run = subprocess.run([*command, "-o", str(made)], capture_output=True, text=True, timeout=300)
-            if run.returncode:
-                return f"{command[0]} failed: {(run.stderr.strip() or 'no message').splitlines()[0]}"
-            made.replace(library)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return f"{command[0]} failed: {error}"
-    return ""
+            build(command, Path(folder) / name).replace(library)
+    return ctypes.CDLL(str(library))
+
+
+def open_once(command: list[str], name: str) -> ctypes.CDLL:
+    """The same of this process alone, in the folder for temporary files, which keeps nothing of it."""
+    with tempfile.TemporaryDirectory() as folder:
+        return ctypes.CDLL(str(build(command, Path(folder) / name)))
 
 
 @functools.cache
@@ -73,14 +107,16 @@ def load(streams: int, views: int, lanes: int, tail: bool, capability: str) -> "
     numbers = [f"-DS={streams}", f"-DV={views}", f"-DLANES={lanes}", f"-DTAIL={int(tail)}"]
     command = [*compiler(), *options, *numbers]
     what = repr((SOURCE.read_text(), command, platform.machine(), platform.system()))
-    library = cache_folder() / f"{streams}x{views}-{hashlib.sha256(what.encode()).hexdigest()[:20]}.so"
-    why_not = "" if library.exists() else build([*command, str(SOURCE), "-lm"], library)
-    if why_not:
-        return why_not
+    name = f"{streams}x{views}-{hashlib.sha256(what.encode()).hexdigest()[:20]}.so"
+    command += [str(SOURCE), "-lm"]
     try:
-        functions = ctypes.CDLL(str(library))
-    except OSError as error:
-        return f"{library} cannot be loaded: {error}"
+        try:
+            functions = open_kept(command, name)
+        except OSError as error:
+            functions = open_once(command, name)
+            warnings.warn(f"compiled kernels cannot be kept, and every process compiles its own: {error}")  # noqa: B028
+    except (OSError, CompilerError) as error:
+        return str(error)
     for function, tensors in ((functions.forward, 11), (functions.backward, 16)):
         function.argtypes = [ctypes.c_void_p] * tensors + [ctypes.POINTER(Sizes)]
         function.restype = None

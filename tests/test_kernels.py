@@ -644,21 +644,50 @@ def test_without_a_compiler(command, message, monkeypatch):
     assert torch.equal(run_dhc2("auto"), run_dhc2("torch"))
 
 
-def test_a_cache_that_cannot_be_written(new_cache):
-    """The same."""
-    new_cache.parent.write_text("a file")
-    with pytest.raises(ValueError, match=r"backend=.native. cannot run the kernels: .* failed: .*a cache"):
+def have_no_home(cache, monkeypatch):
+    for name in ("HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name)
+    monkeypatch.setattr("pwd.getpwuid", {}.__getitem__)  # a user who is in no list
+
+
+def have_a_file_there(cache, monkeypatch):
+    cache.parent.write_text("a file")
+
+
+def have_a_broken_library_there(cache, monkeypatch):
+    run_dhc2("native")
+    (made,) = cache.iterdir()
+    other = cache.parent.with_name("another cache")
+    (other / "hcvision").mkdir(parents=True)
+    (other / "hcvision" / made.name).write_text("no library")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(other))
+    native.load.cache_clear()
+
+
+CACHES = {
+    have_no_home: "there is no home folder",
+    have_a_file_there: "Not a directory: .*a cache",
+    have_a_broken_library_there: r"2x1-.*\.so: file too short|2x1-.*\.so: invalid ELF header",
+}
+
+
+@pytest.mark.parametrize("have", CACHES)
+def test_without_a_cache_kernels_run_all_the_same(new_cache, monkeypatch, tmp_path, have):
+    """Nothing is left of them, and it is said; where there is no folder for temporary files either, PyTorch does it."""
+    have(new_cache, monkeypatch)
+    temporary = tmp_path / "temporary files"
+    temporary.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(temporary))
+    with pytest.warns(
+        UserWarning, match=f"kernels cannot be kept, and every process compiles its own: .*({CACHES[have]})"
+    ):
+        torch.testing.assert_close(run_dhc2("native"), run_dhc2("torch"))
+    assert not list(temporary.iterdir())
+    native.load.cache_clear()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "none"))
+    with pytest.raises(ValueError, match=r"backend=.native. cannot run the kernels: .*No such file or directory"):
         run_dhc2("native")
     assert torch.equal(run_dhc2("auto"), run_dhc2("torch"))
-
-
-@pytest.mark.usefixtures("new_cache")
-def test_a_broken_library(monkeypatch):
-    """What lies in the cache and is none is not called."""
-    monkeypatch.setattr(native, "build", lambda command, library: library.write_text("no library") and "")
-    native.cache_folder().mkdir(parents=True)
-    with pytest.raises(ValueError, match=r"2x1-.*\.so cannot be loaded: "):
-        run_dhc2("native")
 
 
 @pytest.mark.parametrize("capability", ["AVX2", "DEFAULT", "AVX512"])
