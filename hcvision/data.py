@@ -39,6 +39,7 @@ from hcvision.images import (
     open_folder,
     printable,
     read_table,
+    say_left_out,
     split_by_class,
     warn_of_left_out,
 )
@@ -382,12 +383,14 @@ class ImageData(pl.LightningDataModule):
         elif self.val_fraction is None:
             every = self._read_table(one)
             rows = {stage: [row for row in every if row.split == split] for stage, split in self.splits.items()}
+            others = {row.split or "(none)" for row in every} - set(self.splits.values())
             if not (rows["train"] and rows["val"]):
                 there = ", ".join(sorted({row.split for row in every} - {""})) or "none"
                 raise ValueError(
                     f"{one} must have a column split of {self.splits['train']} and {self.splits['val']}, got {there}, "
                     "or val_fraction must say how much of it is for validation"
                 )
+            say_left_out("rows of other splits", others, one)
         else:
             every, (train, val, _) = self._read_table(one), self.splits.values()
             if any(row.split == val for row in every):

@@ -123,7 +123,7 @@ def fingerprint(module: Any) -> str:
 
 def parts(folder: Path) -> list[tuple[range, Path]]:
     """The parts of a run, in order."""
-    return [(range(*map(int, path.stem.split("-"))), path) for path in sorted(folder.glob("*-*.npy"))]
+    return [(range(*map(int, path.stem.split("-"))), path) for path in sorted(folder.glob("[0-9]*-*.npy"))]
 
 
 def gaps(done: list[range], number: int, chunk: int) -> list[range]:

@@ -769,6 +769,9 @@ class ImageGenerator(TimmModule):
             warnings.warn(f"model.vae is {vae!r}, but {config['vae']!r} made the latents", stacklevel=2)
         if "vae" not in config and vae is not None:
             raise ValueError(f"model.vae is for latents (--data.dataset latents), got {vae!r} and images")
+        channels = config["input_size"][0]
+        if "vae" not in config and channels not in (1, 3):
+            raise ValueError(f"images that are drawn are gray or RGB, the model takes {channels} channels (in_chans)")
         if "mean" in config and {*config["mean"], *config["std"]} != {0.5}:
             raise ValueError(
                 f"mean and std must be 0.5 to draw images, got {list(config['mean'])} and {list(config['std'])}"

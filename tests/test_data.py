@@ -543,6 +543,15 @@ def test_files_that_are_no_images_are_named(image_folder, tmp_path):
         ImageData(root=str(root), batch_size=8)
 
 
+def test_rows_of_other_splits_are_named(image_folder, tmp_path):
+    path = write_tables(image_folder, tmp_path / "t", "a column")
+    image = image_folder / "val" / "zebra" / "000.png"
+    path.write_text(path.read_text() + "".join(f"\n{image},zebra,{split}" for split in ("valid", "", "valid")))
+    with pytest.warns(UserWarning, match=r"left out, rows of other splits: '\(none\)', 'valid' \(2 in .*all.csv\)"):
+        data = ImageData("csv", root=str(path), batch_size=8, num_workers=0)
+    assert [len(data.stages[stage][0]) for stage in ("train", "val")] == [72, 39]
+
+
 def test_rows_for_testing_stay_out_of_training(image_folder, tmp_path):
     """A fraction of a table that says what is for testing is taken of the rest."""
     lines = [

@@ -259,6 +259,10 @@ OTHERS = {
         lambda p: table(p, "file,label\na.png,x\nb.png,x\n"), ["--data.dataset=csv", "--data.root=table.csv", "--data.val_fraction=0.5"],
         "table.csv, line 2: there is no file a.png (nor 1 more)",
     ),
+    "a test on images without classes": (
+        lambda p: put(p / "photos", "../../unlabelled/1.png"), ["test", "--data.test_split=unlabelled"],
+        "the test images need the classes of the training images: there is no class folder in photos/unlabelled; it must hold one",
+    ),
     "a table of a class with one image, to be split": (
         lambda p: table(p, "file,label\n" + "".join(f"photos/train/zebra/{n:03}.png,{label}\n" for n, label in ((0, "x"), (1, "x"), (2, "y")))),
         ["--data.dataset=csv", "--data.root=table.csv", "--data.val_fraction=0.5"], "class 'y' has 1 image, too few to split for validation",
@@ -279,6 +283,10 @@ OTHERS = {
     "images of two channels": (
         None, ["--model.model_args={img_size: 32, patch_size: 16, embed_dim: 48, depth: 1, num_heads: 3, in_chans: 2}"],
         "images are read with 1 (gray), 3 (RGB) or 4 channels (RGBA), the model takes 2 (in_chans)",
+    ),
+    "images of four channels to be drawn": (
+        None, ["--task=generate", "--model.model=dit_tiny_patch4_pixel", "--model.model_args={img_size: 32, depth: 1, in_chans: 4}"],
+        "images that are drawn are gray or RGB, the model takes 4 channels (in_chans)",
     ),
     "a model that is not there": (None, ["--model.model=vit_tinny_patch16_224"], "unknown model 'vit_tinny_patch16_224'; did you mean vit_tiny_patch16_224"),
     "a connection that is not there": (None, ["--model.connection=dhd2"], "dhd2"),
@@ -336,6 +344,8 @@ def test_other_inputs(trained, what, capsys, monkeypatch):
     if make:
         make(trained)
     command = [arguments] if isinstance(arguments, str) else [*fit("photos", "run2"), *arguments]
+    if arguments[0] == "test":
+        command = ["test", *fit("photos", "run")[1:], *arguments[1:]]
     SEEN[what] = answer(command, trained, capsys)
     assert expected in SEEN[what]
     assert not (trained / "it_ran").exists(), "the payload ran"
