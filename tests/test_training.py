@@ -3,13 +3,14 @@ import itertools
 import math
 import os
 import pickle
+import random
 import re
 import shutil
 import signal
-import subprocess
-import sys
+import threading
 
 import numpy as np
+import processes
 import pytest
 import pytorch_lightning as pl
 import timm
@@ -22,7 +23,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from hcvision.connections import StreamConnection
 from hcvision.data import ImageData
-from hcvision.runs import equip, keep_metrics, metrics_files, read_checkpoint
+from hcvision.runs import equip, keep_metrics, last_checkpoint, metrics_files, quieten, read_checkpoint
 from hcvision.sampling import Sampling, enlarge, grid
 from hcvision.training import ImageClassifier, ImageGenerator, MacroAccuracy, check_name
 
@@ -717,98 +718,72 @@ def test_a_gradient_that_is_infinite_stops_the_run(build, fit):
         fit(model)
 
 
-DRIVER = """
-import os, random, signal, sys, time
-import pytorch_lightning as pl, torch
-from hcvision.cli import quieten
-from hcvision.data import ImageData
-from hcvision.runs import equip, keep_metrics, last_checkpoint
-from hcvision.training import ImageClassifier
-from pathlib import Path
-
-quieten()
-root, out, kills, how, workers = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]), int(sys.argv[5])
-model = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3, "drop_path_rate": 0.2}
-
-
-def train(pipe):
-    class Count(pl.Callback):
-        def on_train_batch_end(self, *_):
-            os.write(pipe, b".")
-
-    torch.set_num_threads(1)
+def train_on(root, out, epochs, workers, how, steps, delay):
+    """Training that goes on from the last checkpoint in its folder, and is hit by a signal soon after some steps."""
+    quieten()
     pl.seed_everything(3, workers=True, verbose=False)
     data = ImageData(root=root, batch_size=8, num_workers=workers, auto_augment="rand-m9-mstd0.5-inc1", seed=3)
     module = ImageClassifier(
-        "vit_tiny_patch16_224", connection="dhc2", num_classes=3, model_args={**model, "proj_drop_rate": 0.1},
-        lr=1e-3, warmup_steps=5, mixup=0.8, cutmix=1.0, ema_decay=0.9,
-    )
-    trainer = {"accelerator": "cpu", "max_epochs": 16, "enable_progress_bar": False, "enable_model_summary": False,
-               "callbacks": [Count()], "num_sanity_val_steps": 0}
+        "vit_tiny_patch16_224", connection="dhc2", num_classes=3, lr=1e-3, warmup_steps=5, mixup=0.8, cutmix=1.0,
+        ema_decay=0.9, model_args={**model_args(), "drop_path_rate": 0.2, "proj_drop_rate": 0.1},
+    )  # fmt: skip
+    numbers = itertools.count(1)
+
+    class Hit(pl.Callback):
+        def on_train_batch_end(self, *_):
+            if next(numbers) == steps:
+                threading.Timer(delay, os.kill, (os.getpid(), how)).start()
+
+    trainer = {"accelerator": "cpu", "max_epochs": epochs, "enable_progress_bar": False, "enable_model_summary": False}
+    trainer |= {"callbacks": [Hit()], "num_sanity_val_steps": 0}
     keep_metrics(out)
     checkpoint = last_checkpoint(out)
     pl.Trainer(**equip(out, trainer)).fit(module, data, ckpt_path=checkpoint, weights_only=True)
 
 
-random.seed(0)
-for number in range(kills + 1):
-    read, write = os.pipe()
-    child = os.fork()
-    if child == 0:
-        os.close(read)
-        train(write)
-        os._exit(0)
-    os.close(write)
-    if number < kills:
-        for _ in range(random.randint(1, 14)):
-            if not os.read(read, 1):
-                sys.exit("it ended before it could be killed")
-        time.sleep(random.random() / 20)
-        os.kill(child, how)
-    _, status = os.waitpid(child, 0)
-    os.close(read)
-    code = 0 if number == kills else -how if how == signal.SIGKILL else 128 + how
-    assert os.waitstatus_to_exitcode(status) == code, status
-"""
+def drive(root, out, epochs, kills, how=signal.SIGKILL, workers=0):
+    """The last checkpoint of a training that was hit by so many signals at random moments, and what it printed."""
+    moments, shown = random.Random(0), ""
+    for number in range(kills + 1):
+        steps = moments.randint(1, 9 * epochs // 10) if number < kills else None
+        done = processes.Started(train_on, root, out, epochs, workers, how, steps, moments.random() / 20).wait()
+        shown += done.stderr
+        code = 0 if number == kills else -how if how == signal.SIGKILL else 128 + how
+        assert done.returncode == code, done.stderr[-3000:]
+    return read_checkpoint(out / "checkpoints" / "last.ckpt"), shown
 
 
-def drive(root, out, kills, how=signal.SIGKILL, workers=0):
-    """The last checkpoint of a training that was hit by so many signals, and what it printed."""
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", DRIVER, *map(str, (root, out, kills, int(how), workers))],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return read_checkpoint(out / "checkpoints" / "last.ckpt"), done.stderr
+def same_run(a, b, steps):
+    for key in ("state_dict", "current_model_state"):
+        assert a[key].keys() == b[key].keys()
+        assert all(torch.equal(a[key][name], b[key][name]) for name in a[key]), key
+    assert a["global_step"] == b["global_step"] == steps
 
 
 @pytest.fixture(scope="module")
 def undisturbed(image_folder, tmp_path_factory):
-    return drive(image_folder, tmp_path_factory.mktemp("undisturbed") / "run", 0)[0]
+    return drive(image_folder, tmp_path_factory.mktemp("undisturbed") / "run", 4, 0)[0]
 
 
-def same_run(a, b):
-    for key in ("state_dict", "current_model_state"):
-        assert a[key].keys() == b[key].keys()
-        assert all(torch.equal(a[key][name], b[key][name]) for name in a[key]), key
-    assert a["global_step"] == b["global_step"] == 144
+@pytest.mark.parametrize(("how", "workers"), [(signal.SIGKILL, 0), (signal.SIGINT, 0), (signal.SIGTERM, 1)])
+def test_a_run_that_is_stopped_goes_on_to_the_same_weights(image_folder, tmp_path, undisturbed, how, workers):
+    """Twice: augmentation, mixup, dropout, schedule, optimizer and average go on; a loading process changes nothing.
+
+    Ctrl-C: the step it is in is finished and kept, and no step is done twice.
+    """
+    state, shown = drive(image_folder, tmp_path / "run", 4, 2, how, workers)
+    same_run(undisturbed, state, 36)
+    if how != signal.SIGKILL:
+        assert shown.count("stopping after this step") == 2
+        rows = [row for path in metrics_files(tmp_path / "run") for row in read_rows(path) if row["val_loss"]]
+        assert [int(row["step"]) for row in rows] == list(range(8, 36, 9))  # each epoch was validated once
 
 
-def test_a_run_that_is_killed_again_and_again_ends_with_the_same_weights(image_folder, tmp_path, undisturbed):
-    """kill -9 at twenty random moments: augmentation, mixup, dropout, schedule, optimizer and average go on."""
-    same_run(undisturbed, drive(image_folder, tmp_path / "run", 20)[0])
-
-
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
-def test_a_run_that_is_stopped_goes_on_in_the_middle_of_an_epoch(image_folder, tmp_path, undisturbed, how):
-    """Ctrl-C: the step it is in is finished and kept, no step is done twice, and a loading process changes nothing."""
-    state, shown = drive(image_folder, tmp_path / "run", 8, how, workers=1)
-    same_run(undisturbed, state)
-    assert shown.count("stopping after this step") == 8
-    steps = [int(row["step"]) for path in metrics_files(tmp_path / "run") for row in read_rows(path) if row["val_loss"]]
-    assert steps == list(range(8, 144, 9))  # each epoch was validated once
+@pytest.mark.slow
+@pytest.mark.parametrize(("how", "workers"), [(signal.SIGKILL, 0), (signal.SIGINT, 1)])
+def test_a_long_run_that_is_stopped_twenty_times(image_folder, tmp_path, how, workers):
+    expected, _ = drive(image_folder, tmp_path / "undisturbed", 16, 0)
+    same_run(expected, drive(image_folder, tmp_path / "run", 16, 20, how, workers)[0], 144)
 
 
 def read_rows(path):
