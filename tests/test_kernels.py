@@ -28,8 +28,13 @@ from hcvision.connections import BACKENDS, build_connection, expand_streams, par
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 DEVICES = {"triton": DEVICE, "native": "cpu"}
-RUNS = {"triton": 3, "native": 9}  # as many as there is time for: a gradient of few numbers may be wrong by chance
+RUNS = {"triton": 5, "native": 15}  # the fewest whose median does not hang on chance, and as many as there is time for
 SMALL = {FP32: 2**-21, BF16: 2**-10, FP16: 2**-13}
+
+
+def compiled_code(name):
+    """A case that has a C++ compiler at work for ten seconds."""
+    return pytest.param(name, "inductor", marks=pytest.mark.slow)
 
 
 @pytest.fixture(params=DEVICES)
@@ -60,6 +65,14 @@ def poison(monkeypatch):
             return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
 
         monkeypatch.setattr(torch, name, poisoned)
+
+
+@pytest.fixture
+def large_tiles(monkeypatch):
+    """An interpreted tile takes as long as a larger one."""
+    sizes = gpu.tile_sizes
+    if DEVICE == "cpu":
+        monkeypatch.setattr(gpu, "tile_sizes", lambda *numbers: {**sizes(*numbers), "BT": 16})
 
 
 class Two(nn.Module):
@@ -102,10 +115,13 @@ def with_scales(found):
     return rest | ({"scales": torch.cat([found[key] for key in scales])} if scales else {})
 
 
-def error(found, truth):
-    """Root mean square, relative to that of the truth; the median of all runs: one of them may be lucky."""
-    pairs = zip(found, truth, strict=True)
-    return statistics.median((wrong.square().mean() / right.square().mean()).sqrt().item() for wrong, right in pairs)
+def error(wrong, truth):
+    """Root mean square, relative to that of the truth of all runs; the median of the runs: one of them may be lucky.
+
+    The truth of one run may be small by cancellation, where rounding errors are not.
+    """
+    size = torch.stack(truth).square().mean().sqrt()
+    return statistics.median((one.square().mean().sqrt() / size).item() for one in wrong)
 
 
 def check(backend, name, dim, shape, dtype, joined=True, layout=lambda x: x, size=1.0, **options):
@@ -136,22 +152,22 @@ def check(backend, name, dim, shape, dtype, joined=True, layout=lambda x: x, siz
     ("name", "dim", "shape", "dtype", "options"),
     [
         ("dhc2", 64, (2, 3), FP32, {}),  # tokens that do not fill the last tile
-        ("dhc4", 300, (5,), FP32, {}),  # three chunks of columns, the last one with 44 of 128
+        ("dhc4", 300, (3,), FP32, {}),  # three chunks of columns, the last one with 44 of 128
         ("dhc4", 300, (2, 4), BF16, {}),  # two chunks
         ("dhc3", 33, (3,), FP16, {}),  # a rate and a width that are odd
         ("dhc1", 40, (9,), FP32, {}),  # three tiles of tokens, for two programs
-        ("dhc8", 16, (5,), FP32, {}),
+        ("dhc8", 16, (3,), FP32, {}),
         ("dfc2", 66, (5,), BF16, {}),
         ("dfc4", 132, (2, 3), FP32, {}),  # 33 columns
         ("dfc3", 15, (9,), FP16, {}),
-        ("shc4", 70, (5,), FP32, {}),
+        ("shc4", 70, (3,), FP32, {}),
         ("shc3", 33, (2, 3), BF16, {}),
-        ("sfc4", 20, (5,), BF16, {}),
-        ("dhc2", 40, (5,), FP32, {"tanh": False}),
-        ("dhc2", 40, (5,), FP32, {"size": 0.01}),  # where tanh is a series
-        ("dhc2", 40, (5,), FP32, {"size": 2.0}),  # where its slope is near 0
-        ("dhc2", 40, (5,), FP32, {"norm": False}),
-        ("dfc2", 40, (5,), FP32, {"norm": False, "tanh": False}),
+        ("sfc4", 20, (3,), BF16, {}),
+        ("dhc2", 40, (3,), FP32, {"tanh": False}),
+        ("dhc2", 40, (3,), FP32, {"size": 0.01}),  # where tanh is a series
+        ("dhc2", 40, (3,), FP32, {"size": 2.0}),  # where its slope is near 0
+        ("dhc2", 40, (3,), FP32, {"norm": False}),
+        ("dfc2", 40, (3,), FP32, {"norm": False, "tanh": False}),
         ("dhc2", 40, (1, 2, 1, 3), FP32, {"arrangement": "parallel"}),
     ],
     ids=str,
@@ -214,7 +230,7 @@ def test_cuda_graph(name):
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # of torch.compile itself
-@pytest.mark.parametrize(("name", "compiler"), [("dhc2", "aot_eager_decomp_partition"), ("shc3", "inductor")])
+@pytest.mark.parametrize(("name", "compiler"), [("dhc2", "aot_eager_decomp_partition"), compiled_code("shc3")])
 def test_recompute_compiled(backend, name, compiler):
     """In a compiled module too, where the streams between the sub-layers are not kept for backward."""
     module = Two(name, 33, backend, FP32).to(DEVICES[backend])
@@ -340,7 +356,7 @@ def test_flops():
     assert count("dhc2") == (2 * (1 + 4 + 3), 2 * (2 * 3 + 3 * 4 + 2))
 
 
-@pytest.mark.parametrize(("name", "compiler"), [("dhc2", "aot_eager"), ("dfc2", "inductor"), ("shc2", "aot_eager")])
+@pytest.mark.parametrize(("name", "compiler"), [("dhc2", "aot_eager"), compiled_code("dfc2"), ("shc2", "aot_eager")])
 def test_compile(backend, name, compiler, monkeypatch):
     """torch.compile in one graph, forward and backward, with the operators in it: as many kernels run."""
     launched = []
@@ -394,20 +410,18 @@ def test_checkpoint(backend, reentrant):
         assert torch.equal(parameter.grad.double(), plain[key]), key
 
 
-def test_training(backend, tiny, monkeypatch):
-    """Fifty steps of a ViT: the loss is that of the PyTorch form, all the way."""
-    sizes = gpu.tile_sizes
-    if DEVICE == "cpu":  # an interpreted tile takes as long as a larger one
-        monkeypatch.setattr(gpu, "tile_sizes", lambda *numbers: {**sizes(*numbers), "BT": 16})
+@pytest.mark.usefixtures("large_tiles")
+def test_training(backend, tiny):
+    """Twenty steps of a ViT: the loss is that of the PyTorch form, all the way."""
 
     def train(form):
         torch.manual_seed(0)
         model = timm.create_model("vit_tiny_patch16_224", **{**tiny, "depth": 1, "patch_size": 16, "num_classes": 4})
         model = hcvision.convert(model, "dhc2", backend=form).to(DEVICES[backend])
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
         images = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(5)).to(DEVICES[backend])
         losses = []
-        for _ in range(50):
+        for _ in range(20):
             loss = nn.functional.cross_entropy(model(images), torch.arange(3, device=DEVICES[backend]))
             optimizer.zero_grad()
             loss.backward()
@@ -512,6 +526,7 @@ def test_without_triton(monkeypatch):
 # second derivatives
 
 
+@pytest.mark.usefixtures("large_tiles")
 @pytest.mark.parametrize("joined", [True, False])
 @pytest.mark.parametrize("name", ["dhc2", "dfc3", "shc3"])
 def test_second_derivatives(backend, name, joined):
@@ -524,10 +539,12 @@ def test_second_derivatives(backend, name, joined):
         inputs = [x, *module.parameters()]
         first = torch.autograd.grad(module(x).sin().sum(), inputs, create_graph=True)
         second = torch.autograd.grad(sum(grad.sin().sum() for grad in first), inputs)
-        return dict(zip(["x", *dict(module.named_parameters())], (grad.double() for grad in second), strict=True))
+        names = ["x", *dict(module.named_parameters())]
+        return with_scales(dict(zip(names, (grad.double() for grad in second), strict=True)))
 
-    found = [[run(form, FP32, seed) for seed in range(5)] for form in (backend, "torch")]
-    exact = [run("torch", torch.float64, seed) for seed in range(5)]
+    seeds = range(2 * RUNS[backend] - 1)  # rounding errors of second derivatives vary more
+    found = [[run(form, FP32, seed) for seed in seeds] for form in (backend, "torch")]
+    exact = [run("torch", torch.float64, seed) for seed in seeds]
     for key in exact[0]:
         truth = [gradients[key] for gradients in exact]
         ours, theirs = (error([one[key] - t for one, t in zip(runs, truth, strict=True)], truth) for runs in found)
@@ -751,6 +768,7 @@ print(json.dumps(found))
 """
 
 
+@pytest.mark.slow
 def test_code_for_a_gpu():
     """Both kernels compile for an A100 and an H100, keep what they hold in registers, and load 16 bytes at a time."""
     cases = [
