@@ -592,12 +592,12 @@ def test_recompute_under_func():
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # of torch.compile itself
-@pytest.mark.parametrize("connection", ["dhc2", "shc2"])
+@pytest.mark.parametrize("connection", ["dhc2", pytest.param("shc2", marks=pytest.mark.slow)])
 def test_recompute_compiled(connection):
     """A compiled model keeps the streams of every other block alone too, and gives the same values and gradients."""
     x, kept = torch.randn(2, 3, 32, 32, dtype=torch.float64), []
     for recompute in (0, 2):
-        model = deep(connection, recompute, depth=3).double()
+        model = deep(connection, recompute, depth=2).double()
         expected = outcome(model, x)
         model.zero_grad()
         model.compile(fullgraph=True, backend="aot_eager_decomp_partition")
@@ -607,7 +607,7 @@ def test_recompute_compiled(connection):
         storages = {t.data_ptr(): t for t in (tensor.untyped_storage() for tensor in out.grad_fn.saved_tensors)}
         kept.append(sum(storage.nbytes() for storage in storages.values()))
     streams = 2 * 17 * 2 * 48 * 8  # bytes
-    assert 4 * streams <= kept[0] - kept[1] < 5 * streams  # of six: those before blocks 0 and 2 stay
+    assert 3 * streams <= kept[0] - kept[1] < 4 * streams  # of four: those before block 0 stay
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # of torch.compile itself
@@ -784,7 +784,10 @@ def test_reshaped(connection):
 # compilers
 
 
-@pytest.mark.parametrize(("connection", "backend"), [("dhc2", "inductor"), ("dfc2", "aot_eager")])
+@pytest.mark.parametrize(
+    ("connection", "backend"),
+    [pytest.param("dhc2", "inductor", marks=pytest.mark.slow), ("dhc2", "aot_eager"), ("dfc2", "aot_eager")],
+)
 def test_compile(connection, backend):
     """The whole model in one graph, forward and backward."""
     model = randomize(vit(connection, torch.float64, depth=2)).train()
@@ -1017,12 +1020,14 @@ def test_freeze():
 
 
 def test_large():
-    """A ViT-L takes connections in seconds, and the weights stay where they are."""
+    """A ViT-L takes connections sooner than it is built, and the weights stay where they are."""
+    times = [time.process_time()]
     model = timm.create_model("vit_large_patch16_224", num_classes=0)
     before = {name: parameter.data_ptr() for name, parameter in model.named_parameters()}
-    began = time.perf_counter()
+    times.append(time.process_time())
     convert(model, "dhc4")
-    assert time.perf_counter() - began < 3
+    times.append(time.process_time())
+    assert times[2] - times[1] < times[1] - times[0]
     after = {name: parameter.data_ptr() for name, parameter in model.named_parameters()}
     assert before.items() < after.items()
     assert len(connections(model)) == 48

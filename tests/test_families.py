@@ -218,6 +218,15 @@ def distance(a, b):
     return ((a - b).norm() / b.norm()).item()
 
 
+def rounding(model, x):
+    """How far two orders of its sums may take a model in float64 from each other: by what float32 makes of it.
+
+    Random connections enlarge rounding errors, those of the deep davit ten thousand times.
+    """
+    low = copy.deepcopy(model).float()
+    return distance(flat(low(x.float())).double(), flat(model(x))) * torch.finfo(x.dtype).eps / torch.finfo().eps
+
+
 def test_every_row_is_tested():
     """Each block class and each model class of the tables stands for a family above."""
     models = [build(family) for family in FAMILIES]
@@ -539,7 +548,14 @@ def test_reshaped(family):
 
 @pytest.mark.filterwarnings("ignore:The tensor attributes", "ignore:The TorchScript type system")  # timm's code
 @pytest.mark.parametrize("way", ["compile", "export", "script"])
-@pytest.mark.parametrize("family", [family for family in FAMILIES if family not in VARIANTS])
+@pytest.mark.parametrize(
+    "family",
+    [
+        family if family in ("vision_transformer", "eva", "convnext") else pytest.param(family, marks=pytest.mark.slow)
+        for family in FAMILIES
+        if family not in VARIANTS
+    ],
+)
 def test_compiled(family, way):
     """torch.compile in one graph, torch.export and TorchScript, where timm's own model has them."""
     x = images(family)
@@ -559,7 +575,7 @@ def test_compiled(family, way):
     for c in connections(ours):
         randomize(c, std=0.5)
     expected = flat(ours(x))
-    assert distance(flat(run(ours)), expected) < 1e-12
+    assert distance(flat(run(ours)), expected) < max(1e-12, 8 * rounding(ours, x))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
