@@ -589,7 +589,7 @@ def test_a_script_that_keeps_its_loader_ends(image_folder, start):
     )
     path = image_folder.parent / f"{start}.py"
     path.write_text(code)
-    done = subprocess.run([sys.executable, str(path)], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, str(path)], capture_output=True, text=True, timeout=300)
     assert (done.returncode, done.stdout) == (0, "5\n"), done.stderr[-2000:]
 
 

@@ -1,8 +1,6 @@
 import csv
 import itertools
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -510,8 +508,7 @@ def runs(image_folder, tmp_path_factory):
         if task == "classify":
             config["trainer"]["callbacks"] = [{"class_path": "hcvision.insight.LogConnections"}]
         (place / f"{connection}.yaml").write_text(yaml.safe_dump(config))
-        command = [sys.executable, "-m", "hcvision_command", "fit", "--config", str(place / f"{connection}.yaml")]
-        subprocess.run(command, check=True, capture_output=True)
+        run(["fit", "--config", str(place / f"{connection}.yaml")])
     return place
 
 

@@ -3,7 +3,6 @@
 import csv
 import io
 import json
-import os
 import pickle
 import shutil
 import subprocess
@@ -14,6 +13,7 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import processes
 import pytest
 import pytorch_lightning as pl
 import torch
@@ -25,7 +25,6 @@ from hcvision.images import to_mode
 from hcvision.prediction import run_data
 from hcvision.training import ImageClassifier
 
-ROOT = Path(__file__).parent.parent
 TRAIN, VAL = (30, 20, 22), (20, 12, 7)
 EXACT = {"img_size": 8, "mean": [0.0] * 3, "std": [1.0] * 3, "crop_pct": 1.0, "no_aug": True, "seed": 1}
 datasets.disable_progress_bars()
@@ -424,17 +423,13 @@ def test_two_processes_fit_and_validate(sources, tmp_path, tiny, trainer_args):
     """DDP over gloo, three loading processes each: their accuracy is that of one process, to the last bit."""
     run = tmp_path / "run"
     model = {**tiny, "img_size": 8, "patch_size": 4}
-    done = subprocess.run(
-        [
-            sys.executable, str(ROOT / "train.py"), "fit", f"--run={run}", "--data.dataset=wds/x",
-            f"--data.root={sources['tars']['root']}", "--data.num_classes=3", "--data.batch_size=4",
-            "--data.num_workers=3", "--model.model=vit_tiny_patch16_224", "--model.connection=dhc2",
-            f"--model.model_args={json.dumps(model)}", "--trainer.accelerator=cpu", "--trainer.devices=2",
-            "--trainer.strategy=ddp", "--trainer.max_epochs=2", "--trainer.enable_progress_bar=false",
-        ],
-        capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    processes.run_twice(
+        "fit", f"--run={run}", "--data.dataset=wds/x",
+        f"--data.root={sources['tars']['root']}", "--data.num_classes=3", "--data.batch_size=4",
+        "--data.num_workers=3", "--model.model=vit_tiny_patch16_224", "--model.connection=dhc2",
+        f"--model.model_args={json.dumps(model)}", "--trainer.accelerator=cpu", "--trainer.devices=2",
+        "--trainer.strategy=ddp", "--trainer.max_epochs=2", "--trainer.enable_progress_bar=false",
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
     *_, last = csv.DictReader((run / "metrics.csv").read_text().splitlines())
     written = [
         row["val_top1"] for row in csv.DictReader((run / "metrics.csv").read_text().splitlines()) if row["val_top1"]

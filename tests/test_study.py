@@ -14,6 +14,7 @@ import time
 import types
 from pathlib import Path
 
+import processes
 import pytest
 import pytorch_lightning as pl
 import timm
@@ -493,31 +494,20 @@ def test_other_settings_in_the_same_folder_are_refused(make, tiny):
 
 def test_a_killed_study_goes_on_where_it_was(make, image_folder, tmp_path):
     """kill -9 after the first epoch; the second run resumes that cell and equals an undisturbed one."""
-    code = (
-        "import json, sys; from hcvision.study import Study; import torch; torch.set_num_threads(1);"
-        "Study(**json.loads(sys.argv[1])).run()"
-    )
 
-    def arguments(out):
+    def start(out):
         study = make(out=str(out), variants=["dhc2"], seeds=[3], timing_rounds=0)
-        trainer = {**study.trainer, "max_epochs": 6}
-        return json.dumps(
-            {"out": str(out), "variants": ["dhc2"], "seeds": [3], "model": study.model, "data": study.data,
-             "trainer": trainer, "timing_rounds": 0}
-        )  # fmt: skip
+        study.trainer = {**study.trainer, "max_epochs": 6}
+        return processes.Started(study.run)
 
     out = tmp_path / "killed"
-    process = subprocess.Popen([sys.executable, "-c", code, arguments(out)], stdout=subprocess.DEVNULL)
-    last = out / "dhc2" / "seed3" / "checkpoints" / "last.ckpt"
-    deadline = time.monotonic() + 120
-    while not last.exists() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    process = start(out)
+    process.wait_for((out / "dhc2" / "seed3" / "checkpoints" / "last.ckpt").exists)
+    process.kill()
     assert not (out / "dhc2" / "seed3" / "result.json").exists(), "it was not killed in time"
     results = {}
     for folder in (out, tmp_path / "undisturbed"):
-        subprocess.run([sys.executable, "-c", code, arguments(folder)], check=True, capture_output=True)
+        processes.wait_for_all([start(folder)])
         (results[folder.name],) = csv.DictReader((folder / "results.csv").read_text().splitlines())
         assert len(read_curve(folder / "dhc2" / "seed3", ["val_top1"])["val_top1"]) == 6
     for name in ("top1", "val_loss", "epochs", "images"):
