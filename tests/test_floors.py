@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).parent.parent / "hcvision"
+import hcvision
+
+PACKAGE = Path(hcvision.__file__).parent
 
 FLOORS = (
     {"plain", "gpu", "native"},
