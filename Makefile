@@ -1,4 +1,4 @@
-# make demo | demo-dit | demo-finetune | test | test-all | test-timm | check | data | benchmark     (VENV=/elsewhere places the environment)
+# make demo | demo-dit | demo-finetune | test | test-all | test-timm | check | docs | package | data | benchmark     (VENV=/elsewhere places the environment)
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 PYTHON ?= python3
@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 TIMM_TESTS := $(VENV)/timm-tests
 export PYTHONUNBUFFERED := 1
 
-.PHONY: install demo demo-dit demo-finetune test test-all test-timm check format data benchmark clean
+.PHONY: install demo demo-dit demo-finetune test test-all test-timm check format docs package data benchmark clean
 
 install: $(STAMP)
 
@@ -79,6 +79,24 @@ check: $(STAMP)
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix . ; $(BIN)/ruff format .
+
+# The pages of docs/ as a site, in build/site; a broken link or reference is an error.
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
+
+# A wheel and an sdist in build/dist, each installed into an empty environment (5.5 GB, removed again) and tried there.
+PACKAGE := build/package
+SMOKE := import torch, timm, hcvision; m = timm.create_model("vit_tiny_patch16_224_dhc2", img_size=32, depth=1).eval(); \
+  print(hcvision.__file__, m(torch.randn(1, 3, 32, 32)).shape, [*{c.backend for c in m.modules() if hasattr(c, "backend")}])
+
+package: $(STAMP)
+	rm -rf build/dist $(PACKAGE)
+	$(BIN)/python -m build --outdir build/dist
+	for file in build/dist/*.whl build/dist/*.tar.gz; do \
+	  $(PYTHON) -m venv $(PACKAGE) && $(PACKAGE)/bin/python -m pip install --quiet --disable-pip-version-check $$file && \
+	  (cd $(PACKAGE) && bin/hcvision --version && bin/python -c '$(SMOKE)' && bin/hcvision fit --help > /dev/null) && \
+	  rm -rf $(PACKAGE) || exit 1; \
+	done
 
 benchmark: $(STAMP)
 	$(BIN)/python benchmarks/connections.py

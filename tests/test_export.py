@@ -200,7 +200,9 @@ def test_onnx_and_torch_export_of_a_run(run, files, image_folder, tmp_path, caps
     torch.testing.assert_close(given, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(("name", "opset"), [("dfc2", None), pytest.param("swin", None, marks=pytest.mark.slow), ("beit", 18)])
+@pytest.mark.parametrize(
+    ("name", "opset"), [("dfc2", None), pytest.param("swin", None, marks=pytest.mark.slow), ("beit", 18)]
+)
 def test_onnx(name, opset, tmp_path, monkeypatch, capsys):
     """beit: torch.onnx does not take its fused attention; and here its weights go into a file of their own.
 

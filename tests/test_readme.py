@@ -1,4 +1,4 @@
-"""The README's Python runs, in order, and its commands name files that are there."""
+"""The Python of the README and of the guide runs, and their commands name files that are there."""
 
 import re
 from pathlib import Path
@@ -7,23 +7,39 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+PAGES = ("README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))))
 
 
-def test_python_blocks_run(capsys, monkeypatch, tmp_path):
+def python_blocks(page):
+    return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if python_blocks(page)])
+def test_python_blocks_run(page, capsys, monkeypatch, tmp_path):
+    """In order, and they print what the page says behind them."""
     monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert len(blocks) >= 5
     namespace = {}
-    for block in blocks:
+    for block in python_blocks(page):
         exec(block, namespace)
-    assert capsys.readouterr().out.split("\n")[:2] == ["torch.Size([2, 17, 4, 5])", "torch.Size([2, 17, 4])"]
+    told = re.findall(r"print\(\w+\.shape\)  # (\([\d, ]+\))", "".join(python_blocks(page)))
+    assert capsys.readouterr().out.splitlines() == [f"torch.Size([{shape[1:-1]}])" for shape in told]
 
 
-def test_files_and_targets_exist():
-    for path in re.findall(r"(?:configs|docs)/[\w./-]+\.\w+", README):
+def test_the_guide_has_code():
+    assert {"README.md", "docs/index.md", "docs/diffusion.md"} <= {page for page in PAGES if python_blocks(page)}
+
+
+def test_the_readme_is_one_page():
+    assert len(README.splitlines()) <= 160
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_files_and_targets_exist(page):
+    text = (ROOT / page).read_text()
+    for path in re.findall(r"(?:configs|docs|hcvision|tests|benchmarks)/[\w./-]+\.\w+", text):
         assert (ROOT / path).is_file(), path
     makefile = (ROOT / "Makefile").read_text()
-    for target in re.findall(r"make ([a-z-]+)", README):
+    for target in re.findall(r"(?:^|`)make ([a-z-]+)", text, re.MULTILINE):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
 
 
@@ -31,7 +47,9 @@ def cells_of(line):
     return tuple(cell.strip() for cell in line.strip("| ").split("|"))
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/results/README.md"])
+@pytest.mark.parametrize(
+    "page", ["README.md", "docs/index.md", "docs/studies.md", "docs/diffusion.md", "docs/results/README.md"]
+)
 def test_tables_of_studies_are_those_of_their_reports(page):
     """Every row of a table with paired differences stands in a report that the committed CSV files make."""
     reports = (ROOT / "docs" / "results").glob("*/report.md")
