@@ -237,6 +237,8 @@ class Study:
         """Run what is missing and write the report. Returns the path of report.md."""
         self.check_settings()
         missing = [cell for cell in self.cells if self.read_result(*cell) is None]
+        if missing:
+            ImageData(**self.data)  # what is wrong with the data is said before anything is written
         if is_first_process() and missing:
             with self.alone():
                 self.prepare()
@@ -389,6 +391,7 @@ class Study:
             data.num_workers = min(data.num_workers, max(count_cores() // self.jobs, 1))
         model = self.build_model(variant, data.num_classes, seed)
         data.prepare_data()
+        model.check_data(data)
         if is_first_process():
             write_json(folder / "settings.json", self.settings(variant))
             write_yaml(folder / "config.yaml", self.run_config(variant, seed))

@@ -601,6 +601,23 @@ def test_wrong_arguments(make, arguments, message):
 
 
 @pytest.mark.parametrize(
+    ("data", "model", "message"),
+    [
+        ({"hflip": 5}, {}, "hflip must be at least 0"),
+        ({"auto_augment": "randaug"}, {}, "auto_augment must be a policy of timm"),
+        ({}, {"in_chans": 2}, "images are read with 1 .* the model takes 2"),
+    ],
+)
+def test_data_that_cannot_be_used_leave_nothing(make, image_folder, tiny, tmp_path, data, model, message):
+    arguments = {"root": str(image_folder), "batch_size": 8, "num_workers": 0, **data}
+    study = make(data=arguments, model={"model": "vit_tiny_patch16_224", "model_args": tiny | model})
+    with pytest.raises(ValueError, match=message):
+        study.run(say=lambda _: None)
+    left = [path.name for path in tmp_path.rglob("*") if path.is_file()]
+    assert set(left) <= ({"lock"} if model else set())  # a model is built for a cell
+
+
+@pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"model": {"lr": "abc"}}, "model.lr"),
