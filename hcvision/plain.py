@@ -186,12 +186,17 @@ def mix(streams: Tensor, alpha: Tensor, output: Optional[Tensor], beta: Optional
     else:
         mixed = alpha[..., 0, :, None] * streams[..., 0, None, :]
         first = 1
+    in_place = True
     if torch.jit.is_scripting():
         pass
     else:
         mixed = _laid_out_like(streams, mixed)
+        in_place = not is_transformed()  # a batch or a tangent may be in one of the summands alone
     for i in range(first, streams.shape[-2]):
-        mixed = torch.addcmul(mixed, alpha[..., i, :, None], streams[..., i, None, :])
+        if in_place:
+            mixed.addcmul_(alpha[..., i, :, None], streams[..., i, None, :])
+        else:
+            mixed = torch.addcmul(mixed, alpha[..., i, :, None], streams[..., i, None, :])
     return mixed
 
 
