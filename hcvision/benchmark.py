@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from hcvision.connections import parse_connection
 from hcvision.dit import NAMES as DIT_NAMES
-from hcvision.runs import is_out_of_memory, markdown, pick_device, write_csv
+from hcvision.runs import check_writable, has_compiler, is_out_of_memory, markdown, pick_device, write_csv
 from hcvision.training import ImageClassifier, ImageGenerator, TimmModule, check_name
 
 Step = Callable[[], None]
@@ -113,6 +113,10 @@ def benchmark(
         raise ValueError("nothing to measure: infer and train are both false")
     if out is not None and Path(out).exists() and not (overwrite and Path(out).is_file()):
         raise ValueError(f"{out} exists; --overwrite true writes over a file, --out names another one")
+    if out is not None:
+        check_writable(Path(out).parent, "--out names another file")
+    if compile and not has_compiler(pick_device(device).partition(":")[0]):
+        raise ValueError("there is no compiler, which torch.compile needs; --compile false measures without it")
     setup = Setup(
         modes=modes,
         rounds=rounds,

@@ -34,6 +34,7 @@ from hcvision.report import report
 from hcvision.runs import (
     Stopped,
     best_checkpoint,
+    check_writable,
     checkpoint_folder,
     equip,
     is_first_process,
@@ -44,6 +45,7 @@ from hcvision.runs import (
     pick_device,
     quieten,
     read_checkpoint,
+    shorten_sockets,
     write_json,
 )
 from hcvision.sampling import Sampling, columns_of, draw_samples, enlarge, grid, read_samples, write_npz
@@ -219,6 +221,9 @@ class CommandLine(LightningCLI):
 
     def before_fit(self) -> None:
         """The last checks, before anything is written."""
+        if is_first_process() and not self.is_trial:
+            for folder in (self.run_folder, checkpoint_folder(self.run_folder)):
+                check_writable(folder, "--run names another folder, and --ckpt_path a checkpoint to go on from")
         self.model.check_data(self.datamodule)
         self.datamodule.check_batch_size(self.trainer.world_size)
         self.check_length()
@@ -569,8 +574,11 @@ def score(arguments: list[str]) -> None:
         if name in scores:
             print(f"{scores[name]:9.4f}  {labels.get(name, name)}")
     file = path / "scores.json" if path.is_dir() else path.with_suffix(".scores.json")
-    write_json(file, scores)
-    print(f"written to {file}")
+    try:
+        write_json(file, scores)
+        print(f"written to {file}")
+    except OSError as error:
+        print(f"the scores cannot be kept in {file}: {error.strerror}")
 
 
 def count_coverage(arguments: list[str]) -> None:
@@ -622,6 +630,7 @@ def run(arguments: list[str]) -> None:
     """Do what a command line says; ``arguments`` begin with the command. Errors end in one line."""
     quieten()
     keep_freed_memory()
+    shorten_sockets()
     command = COMMANDS[arguments[0]]
     try:
         arguments = list(map(expand_argument, arguments))

@@ -66,17 +66,13 @@ class ClassReport(pl.Callback):
             return
         data = trainer.datamodule  # type: ignore[attr-defined]
         names = data.class_names or [str(number) for number in range(len(self.count))]
-        self.folder.mkdir(parents=True, exist_ok=True)
-        write_json(self.folder / "about.json", {"checkpoint": str(trainer.ckpt_path), "data": str(data.root)})
-        remark = ""
+        about = {"checkpoint": str(trainer.ckpt_path), "data": str(data.root)}
+        remark, matrix = "", None
         if "counts" in scores:
             rows = rate_classes(scores["counts"].cpu(), names)
         if "confusion" in scores:
             matrix = scores["confusion"].cpu()
             rows = [row | more for row, more in zip(rows, count_confusions(matrix, names), strict=True)]
-            lines = [[name, *line] for name, line in zip(names, matrix.tolist(), strict=True)]
-            write_cells(self.folder / "confusion.csv", [["class", *names], *lines])
-            draw_confusion(matrix, names).savefig(self.folder / "confusion.png", dpi=150)
         elif "counts" in scores:
             remark = f"; {len(names)} are too many for a confusion matrix, which is made for up to {MOST_CLASSES}"
         else:
@@ -85,9 +81,23 @@ class ClassReport(pl.Callback):
                 {"class": name, "images": int(count[number])} | {key: value[number] for key, value in values.items()}
                 for number, name in enumerate(names)
             ]
+        try:
+            self.write(about, rows, matrix, names)
+            kept = f"the classes are in {self.folder}"
+        except OSError as error:
+            kept = f"the classes cannot be kept in {self.folder}: {error.strerror}"
+        print("\n".join(["", *lowest(rows), "", f"{kept}{remark}"]))
+
+    def write(self, about: dict[str, str], rows: list[dict[str, Any]], matrix: Tensor | None, names: list[str]) -> None:
+        """Write the rows of the classes, what they are of, and the confusion matrix (K, K) if there is one."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_json(self.folder / "about.json", about)
+        if matrix is not None:
+            lines = [[name, *line] for name, line in zip(names, matrix.tolist(), strict=True)]
+            write_cells(self.folder / "confusion.csv", [["class", *names], *lines])
+            draw_confusion(matrix, names).savefig(self.folder / "confusion.png", dpi=150)
         decimals = [{k: f"{v:.4f}" if isinstance(v, float) else v for k, v in row.items()} for row in rows]
         write_csv(self.folder / "classes.csv", decimals)
-        print("\n".join(["", *lowest(rows), "", f"the classes are in {self.folder}{remark}"]))
 
 
 def rate_classes(counts: Tensor, names: list[str]) -> list[dict[str, Any]]:

@@ -19,6 +19,7 @@ from hcvision.convert import ConnectedModel, hcvision_converted
 from hcvision.data import TIMM_PREFIXES
 from hcvision.images import Images, collate
 from hcvision.prediction import MULTI_LABEL, Classifier, Files, find_images, in_one_line, load_classifier, run_data
+from hcvision.runs import check_writable
 
 HUB, ONNX, PT2 = "model.safetensors", "model.onnx", "model.pt2"
 WRITTEN = {HUB, ONNX, f"{ONNX}.data", PT2, "config.json"}
@@ -62,6 +63,7 @@ def export(
     """
     folder = Path(out).resolve()
     _check_room(folder, out, overwrite)
+    check_writable(folder.parent, "out must be in another folder")
     missing = [package for package in ONNX_PACKAGES if onnx and importlib.util.find_spec(package) is None]
     if missing:
         raise ValueError(f"ONNX needs {', '.join(missing)}: pip install 'hcvision[export]'")

@@ -29,7 +29,7 @@ from hcvision.data import ImageData
 from hcvision.evaluation import plain
 from hcvision.families import ConnectedBlock
 from hcvision.prediction import find_checkpoint, load_module, run_config, run_data
-from hcvision.runs import checkpoint_folder, is_first_process, pick_device, write_csv
+from hcvision.runs import check_writable, checkpoint_folder, is_first_process, pick_device, write_csv
 from hcvision.training import TimmModule, compare_classes
 
 STEPS = ("width_connection", "depth_connection", "join")
@@ -473,6 +473,7 @@ def inspect(
     folder = Path(out) if out else default_folder(Path(checkpoint))
     if folder.exists() and not (folder.is_dir() and (overwrite or not any(folder.iterdir()))):
         raise FileExistsError(f"{folder} exists; --overwrite true writes into it, --out names another folder")
+    check_writable(folder, "--out names another folder")
     module, source = open_run(checkpoint, weights, data)
     twins: list[StageNotes] = []
     if twin:

@@ -27,7 +27,7 @@ from hcvision.convert import create_model
 from hcvision.data import ImageData, count_workers
 from hcvision.dit import DiT
 from hcvision.images import BadImage, Images, is_image, is_left_behind, mode_of, open_image, walk_files
-from hcvision.runs import best_checkpoint, checkpoint_folder, pick_device, read_checkpoint, write_whole
+from hcvision.runs import best_checkpoint, check_writable, checkpoint_folder, pick_device, read_checkpoint, write_whole
 from hcvision.training import ImageClassifier, ImageGenerator, TimmModule
 
 WEIGHTS = ("ema", "raw")
@@ -374,6 +374,7 @@ def predict(
         raise ValueError(f"out must end in .csv or .json, got {out}")
     if path.is_dir() or (path.exists() and not overwrite):
         raise FileExistsError(f"{out} exists; --overwrite true replaces a file, --out names another one")
+    check_writable(path.parent, "--out names another file")
     files = find_images(images)
     classifier = load_classifier(checkpoint, weights)
     predictions = predict_files(classifier, files, top_k, batch_size, num_workers, device, precision)

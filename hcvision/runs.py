@@ -6,12 +6,15 @@ import ctypes
 import io
 import json
 import logging
+import multiprocessing.util
 import os
 import pickle
 import re
+import shutil
 import signal
 import struct
 import sys
+import tempfile
 import threading
 import time
 import warnings
@@ -29,6 +32,9 @@ UNREADABLE = (  # what torch.load says of files that are something else, or dama
     *(RuntimeError, OSError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile, struct.error),
     *(ValueError, TypeError, LookupError, AttributeError),
 )
+
+
+LONGEST_FOLDER = 70  # bytes of a path, to which Python adds 32 for a socket, of the 104 to 108 that systems take
 
 
 class Progress(TQDMProgressBar):
@@ -353,6 +359,43 @@ def keep_freed_memory() -> None:
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
         libc.mallopt(-3, 32 * 2**20)  # M_MMAP_THRESHOLD, at the largest that it takes
+
+
+def shorten_sockets() -> None:
+    """Have processes meet in /tmp where the folder for temporary files has too long a path for the name of a socket.
+
+    Loading processes would fail, and the one that waits for them would wait forever.
+    """
+    folder = tempfile.gettempdir()
+    if len(os.fsencode(folder)) > LONGEST_FOLDER and os.access("/tmp", os.W_OK):
+        try:
+            tempfile.tempdir = "/tmp"
+            multiprocessing.util.get_temp_dir()  # is remembered, and removed at the end
+        finally:
+            tempfile.tempdir = folder
+
+
+def has_compiler(device: str) -> bool:
+    """Whether there is the compiler that torch.compile needs: of C++ for a CPU, of C for starting kernels on a GPU."""
+    usual = ("clang++" if sys.platform == "darwin" else "g++",) if device == "cpu" else ("gcc", "clang", "cc")
+    chosen = os.environ.get("CXX" if device == "cpu" else "CC")
+    return any(shutil.which(name) for name in ([chosen] if chosen else usual))
+
+
+def check_writable(folder: Path, instead: str) -> None:
+    """Look at a folder, or at the one in which it is to be made, before long work.
+
+    Args:
+        folder: into which something is to be written.
+        instead: what would work, for the error.
+
+    Raises:
+        PermissionError: nothing can be written there.
+    """
+    there = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+    effective = os.access in os.supports_effective_ids
+    if there.is_dir() and not os.access(there, os.W_OK | os.X_OK, effective_ids=effective):
+        raise PermissionError(f"nothing can be written into {there}; {instead}")
 
 
 def pick_device(wanted: str = "auto") -> str:

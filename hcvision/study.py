@@ -62,6 +62,7 @@ from hcvision.runs import (
     pick_device,
     quieten,
     read_checkpoint,
+    shorten_sockets,
     write_csv,
     write_json,
     write_whole,
@@ -841,6 +842,7 @@ def help_along(study: Study, threads: int, board: Any, lines: Any) -> None:
         sys.exit(128 + signal.SIGTERM)
     quieten()
     keep_freed_memory()
+    shorten_sockets()
     torch.set_num_threads(threads)
     StopCleanly.patient = True  # Ctrl-C goes to all processes, and the first one's SIGTERM follows it
     try:

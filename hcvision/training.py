@@ -37,7 +37,7 @@ from hcvision.data import ImageData
 from hcvision.diffusion import OBJECTIVES, SeededNoise, check_sampler, guide
 from hcvision.dit import DiT, averaged_weights
 from hcvision.latents import decode, load_vae
-from hcvision.runs import best_checkpoint, read_checkpoint
+from hcvision.runs import best_checkpoint, has_compiler, read_checkpoint
 from hcvision.sampling import Sampling, columns_of, enlarge, grid, to_uint8
 from hcvision.sharding import hold_whole, number_by_module, shard
 
@@ -247,8 +247,10 @@ class TimmModule(pl.LightningModule):
             self.class_names = self.data.class_names
         if self.device_mesh is not None:  # here, as EMAWeightAveraging warns of classes that define it
             self.configure_model = self.shard_weights  # type: ignore[method-assign]
-        if self.hparams["compile"]:
+        if self.hparams["compile"] and has_compiler(self.trainer.strategy.root_device.type):
             self.model.compile()
+        elif self.hparams["compile"]:
+            warnings.warn("there is no compiler, which torch.compile needs: the model runs uncompiled")  # noqa: B028
 
     def shard_weights(self) -> None:
         shard(self, self.model)

@@ -11,6 +11,7 @@ import shlex
 import shutil
 import signal
 import subprocess
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -299,6 +300,54 @@ def test_a_run_that_is_never_validated_has_the_last_for_its_best(image_folder, t
         main(["validate", f"--config={run / 'config.yaml'}", f"--ckpt_path={which}", "--trainer.limit_val_batches=1.0"])
     assert capsys.readouterr().out.count("val_top1") == 2
     main(["predict", str(run), str(image_folder / "val" / "zebra"), f"--out={tmp_path / 'a.csv'}", "--device=cpu"])
+
+
+@pytest.fixture
+def locked_run(classes_run):
+    """A trained run that may be read and not written, and a place beside it; root has to become another user."""
+    place = Path(tempfile.mkdtemp())
+    shutil.copytree(classes_run / "run", place / "run")
+    shutil.copytree(classes_run / "same", place / "photos")
+    for path in (place, *place.rglob("*")):
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    (place / "free").mkdir(mode=0o777)
+    (place / "free").chmod(0o777)
+    if user := os.geteuid():
+        yield place
+    else:
+        os.seteuid(65534)
+        yield place
+        os.seteuid(user)
+    for path in (place, *place.rglob("*")):
+        path.chmod(0o777)
+    shutil.rmtree(place)
+
+
+def test_a_run_that_can_only_be_read(locked_run, monkeypatch, capsys):
+    """It is scored, looked into and exported; what cannot be kept is said, before long work where that is all."""
+    monkeypatch.chdir(locked_run / "free")
+    run, photos = locked_run / "run", locked_run / "photos"
+    scored = [f"--config={run / 'config.yaml'}", f"--run={run}", f"--data.root={photos}"]
+    main(["validate", *scored])
+    main(["test", *scored])
+    shown = capsys.readouterr().out
+    assert shown.count("val_top1") == shown.count("test_top1") == 1
+    assert f"the classes cannot be kept in {run / 'test'}: Permission denied" in shown
+    main(["predict", str(run), str(photos / "val"), "--device=cpu"])
+    main(["export", str(run), "exported"])
+    main(["inspect", str(run), "--out=inspected", "--images=4", "--device=cpu", f"--data={{root: {photos}}}"])
+    assert {path.name for path in Path.cwd().iterdir()} == {"predictions.csv", "exported", "inspected"}
+    locked = f"nothing can be written into {run}; "
+    refused = {
+        "--out names another folder": ["inspect", str(run)],
+        "out must be in another folder": ["export", str(run), str(run / "exported")],
+        "--out names another file": ["predict", str(run), str(photos), f"--out={run / 'a.csv'}"],
+        "--run names another folder, and --ckpt_path": [*fit(photos, run), "--resume=true"],
+    }
+    for message, arguments in refused.items():
+        check_refused(arguments, locked + message, capsys)
+    check_refused(fit(photos, run / "new"), locked, capsys)
+    check_refused(["benchmark", "vit_tiny_patch16_224", f"--out={run / 'a.csv'}"], locked, capsys)
 
 
 def test_a_run_that_failed_early_does_not_stand_in_the_way(hcv, image_folder, tmp_path):

@@ -1,10 +1,12 @@
 """The folder of a run."""
 
+import multiprocessing.connection
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -21,7 +23,7 @@ from pytorch_lightning.callbacks import (
     TQDMProgressBar,
 )
 
-from hcvision.runs import StopCleanly, equip, last_checkpoint, read_checkpoint, write_whole
+from hcvision.runs import StopCleanly, equip, last_checkpoint, read_checkpoint, shorten_sockets, write_whole
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*exists and is not empty")
 
@@ -149,6 +151,18 @@ def test_a_trial_run_keeps_nothing(tmp_path):
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     train(tmp_path, 2, fast_dev_run=True)
     assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+
+def test_processes_meet_where_a_socket_has_a_name_short_enough(tmp_path, monkeypatch):
+    monkeypatch.setitem(multiprocessing.process.current_process()._config, "tempdir", None)
+    folder = tmp_path / ("long" * 30)
+    folder.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(folder))
+    shorten_sockets()
+    with multiprocessing.connection.Listener(family="AF_UNIX") as listener:
+        assert listener.address.startswith("/tmp/")
+    assert tempfile.gettempdir() == str(folder)
+    assert not list(folder.iterdir())
 
 
 @pytest.mark.parametrize("patient", [False, True])

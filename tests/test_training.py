@@ -479,6 +479,14 @@ def test_epochs_of_warmup_in_a_run_of_steps(build, fit):
     assert rates == pytest.approx([step / 9 for step in range(9)] + [1.0] * 4)
 
 
+def test_a_model_runs_without_the_compiler_that_compiling_needs(build, fit, monkeypatch):
+    monkeypatch.setattr("shutil.which", lambda _: None)
+    with pytest.warns(
+        UserWarning, match=r"there is no compiler, which torch\.compile needs: the model runs uncompiled"
+    ):
+        fit(build(compile=True), max_epochs=1, limit_train_batches=1, limit_val_batches=1)
+
+
 class Rates(pl.Callback):
     """The rate of every batch; asks to stop after so many."""
 
