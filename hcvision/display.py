@@ -16,6 +16,7 @@ from hcvision.runs import show_seconds
 
 WAITING, DONE = -1.0, 2.0
 FIELDS = 3  # of a cell on the board: its part (WAITING, 0 to 1, DONE), images per second, and its score (0: none yet)
+BAR = "{desc} {percentage:3.0f}%|{bar:24}| {unit}"
 LOOK_EVERY = 0.5  # seconds
 LINE_AFTER, LINE_EVERY = 10.0, 60.0  # seconds, where there is no terminal to draw bars on
 
@@ -84,8 +85,7 @@ class Display:
 
     def __enter__(self) -> "Display":
         if sys.stderr.isatty():
-            form = "{desc} {percentage:3.0f}%|{bar:24}| {postfix}"
-            more: dict[str, Any] = {"bar_format": form, "leave": False, "dynamic_ncols": True}
+            more: dict[str, Any] = {"bar_format": "{desc}", "leave": False, "dynamic_ncols": True}
             self.bars = [tqdm(total=1.0, position=place, **more) for place in range(self.jobs + 1)]
         self.thread.start()
         return self
@@ -132,16 +132,16 @@ class Display:
         return running, time_left(ends, [usual] * waiting, self.jobs)
 
     def draw(self, running: list[int], left: float | None) -> None:
-        for bar, cell in zip(self.bars, [*running, *[None] * self.jobs][: self.jobs], strict=False):
-            bar.n = 0.0 if cell is None else self.part(cell)
-            bar.set_description_str("" if cell is None else self.titles[cell].ljust(22), refresh=False)
-            bar.set_postfix_str("" if cell is None else self.describe_speed(cell), refresh=False)
+        shown = [(self.part(cell), self.titles[cell], self.describe_speed(cell)) for cell in running[: self.jobs]]
+        shown += [(0.0, "", "")] * (self.jobs - len(shown))
+        parts = [min(max(self.part(cell), 0.0), 1.0) for cell in range(len(self.titles))]
+        left_over = "" if left is None else f"{show_seconds(left)} left"
+        shown.append((sum(parts) / len(parts), self.describe_all(None), left_over))
+        for bar, (part, title, about) in zip(self.bars, shown, strict=True):
+            bar.bar_format = BAR if title else "{desc}"
+            bar.n, bar.unit = part, about  # a postfix would begin with a comma
+            bar.set_description_str(title.ljust(22) if title else "", refresh=False)
             bar.refresh()
-        total, parts = self.bars[-1], [min(max(self.part(cell), 0.0), 1.0) for cell in range(len(self.titles))]
-        total.n = sum(parts) / len(parts)
-        total.set_description_str(self.describe_all(None).ljust(22), refresh=False)
-        total.set_postfix_str("" if left is None else f"{show_seconds(left)} left", refresh=False)
-        total.refresh()
 
     def describe(self, cell: int) -> str:
         speed = self.describe_speed(cell)
