@@ -421,7 +421,12 @@ class ImageData(pl.LightningDataModule):
         for stage in ("train", "val"):
             base = open_dataset(self.dataset, root, self.splits[stage], self.columns[1])
             self.stages[stage] = (base, range(len(base)))
-        names = getattr(self.stages["train"][0], "classes", None)
+        names, others = (getattr(self.stages[stage][0], "classes", None) for stage in ("train", "val"))
+        if names and others and list(names) != list(others):  # they are numbered apart
+            raise ValueError(
+                f"the classes of {self.splits['train']} and {self.splits['val']} of {self.dataset} must be the same "
+                f"ones, got {len(names)} and {len(others)}"
+            )
         if names:
             self.class_names = [name if isinstance(name, str) else name[0] for name in names]
             self.num_classes = len(names)

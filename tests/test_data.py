@@ -432,6 +432,15 @@ def test_a_timm_dataset_string(tmp_path, image_folder):
     assert targets.bincount().tolist() == [13, 13, 13]
 
 
+def test_classes_that_a_timm_dataset_numbers_apart(tmp_path, image_folder):
+    shutil.copytree(image_folder, tmp_path / "d")
+    shutil.rmtree(tmp_path / "d" / "val" / "left-out")
+    with pytest.raises(
+        ValueError, match="the classes of train and val of torch/image_folder must be the same ones, got 3 and 2"
+    ):
+        ImageData("torch/image_folder", root=str(tmp_path / "d"), num_classes=3)
+
+
 @pytest.mark.parametrize("policy", ["rand-m10-inc1-n8", "original", "originalr", "v0", "3a", "augmix-m10-d6"])
 def test_augmentation_at_full_strength(image_folder, policy):
     """timm asks for zero bits there, which Pillow 13 refuses: no image is lost to it, and the rest is timm's."""
