@@ -217,7 +217,10 @@ class CommandLine(LightningCLI):
             place = Path(self.checkpoint or "").absolute().parent
             run = place.parent if place.name == checkpoint_folder(Path()).name else self.run_folder
             config["callbacks"].append(ClassReport(run / "test"))
-        return super().instantiate_trainer(**arguments, **kwargs)
+        try:
+            return super().instantiate_trainer(**arguments, **kwargs)
+        except RuntimeError as error:  # two callbacks that Lightning cannot tell apart
+            raise ValueError(" ".join(str(error).split())) from error
 
     def before_fit(self) -> None:
         """The last checks, before anything is written."""
@@ -253,6 +256,8 @@ class CommandLine(LightningCLI):
         try:
             super()._run_subcommand(subcommand)
         except RuntimeError as error:
+            if str(error).startswith("Early stopping conditioned on metric"):  # which nothing logs
+                raise ValueError(" ".join(str(error).split())) from error
             if not is_out_of_memory(error):
                 raise
             raise MemoryError(self.what_needs_less()) from error

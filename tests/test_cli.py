@@ -291,6 +291,19 @@ def test_a_trial_run_leaves_nothing_and_needs_no_room(image_folder, tmp_path, ca
     assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
 
 
+def test_callbacks_that_cannot_work_are_said_in_one_line(image_folder, tmp_path, capsys):
+    run, more = tmp_path / "run", "--trainer.callbacks+=ModelCheckpoint"
+    check_refused(
+        [*fit(image_folder, run), more, more], "more than one stateful callback of type `ModelCheckpoint`", capsys
+    )
+    assert not run.exists()
+    stopping = ["--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor=val_accuracy"]
+    check_refused([*fit(image_folder, run), *stopping], "on metric `val_accuracy` which is not available", capsys)
+    main([*fit(image_folder, tmp_path / "good"), *stopping[:1], "--trainer.callbacks.monitor=val_loss", more])
+    files = {path.name for path in (tmp_path / "good" / "checkpoints").iterdir()}
+    assert files == {"last.ckpt", "best.ckpt", "epoch=1-step=18.ckpt"}
+
+
 def test_a_run_that_is_never_validated_has_the_last_for_its_best(image_folder, tmp_path, capsys):
     run = tmp_path / "run"
     main([*fit(image_folder, run), "--trainer.limit_val_batches=0", "--trainer.callbacks+=ModelCheckpoint"])
