@@ -186,7 +186,8 @@ class ImageData(pl.LightningDataModule):
         split_seed: seed of that choice, and of train_samples.
         train_split: name of the training split (a subfolder, for ``folder``).
         val_split: name of the validation split.
-        test_split: name of the test split; where it is missing, the validation images serve.
+        test_split: name of the test split; where it is missing, the validation images serve. Only a test needs its
+            classes; it and the validation images may be without some of them.
         train_samples: train on this many images, chosen once by split_seed; None takes all.
         num_classes: number of classes; only timm's dataset strings need it.
         batch_size: images per process and step.
@@ -196,20 +197,22 @@ class ImageData(pl.LightningDataModule):
         img_size: pixels (square); the model's if None.
         mean: per channel; the model's if None.
         std: per channel; the model's if None.
-        interpolation: the model's if None.
+        interpolation: nearest, bilinear, bicubic, box, hamming or lanczos; the model's if None.
         crop_pct: centre crop of evaluation; the model's if None.
         scale: area range of the random resized crop.
-        ratio: aspect range of the random resized crop.
+        ratio: aspect range of the random resized crop; where scale and ratio are (1, 1), training images are cropped
+            as for evaluation with crop_pct 1, so that all of an image of the model's shape is seen.
         hflip: probability of a horizontal flip.
         color_jitter: strength.
         auto_augment: timm's policy string, for example ``rand-m9-mstd0.5-inc1``.
         re_prob: probability of random erasing.
-        no_aug: resize and centre crop only.
+        no_aug: resize and centre crop only, as for evaluation.
         skip_bad_images: leave unreadable images out, with a warning, instead of stopping.
         seed: of the order of the training images.
 
     Raises:
-        ValueError: an argument out of range, an unknown dataset, an empty class folder.
+        ValueError: an argument out of range, an unknown dataset, an empty class folder of training images, a class
+            of validation images that the training images have not.
         FileNotFoundError: there is no such folder.
     """
 

@@ -382,7 +382,7 @@ def read_table(
         file_column: name of the column of files.
         label_column: name of the column of labels.
         separator: between the labels of an image; None for exactly one label an image.
-        unlabelled: the split whose rows may be without a label.
+        unlabelled: the split whose rows may be without a label, and whose files need not be there yet.
 
     Raises:
         ValueError: no such columns, a row without file or label, a file that is not there.
@@ -410,7 +410,8 @@ def read_table(
     left_behind = find_left_behind([row.file for row in rows.values()])
     say_left_out(OF_OTHERS, left_behind, path)
     rows = {line: row for line, row in rows.items() if row.file not in left_behind}
-    missing = [(line, row.file) for line, row in rows.items() if not os.path.isfile(row.file)]
+    needed = {line: row.file for line, row in rows.items() if not row.split or row.split != unlabelled}
+    missing = [(line, file) for line, file in needed.items() if not os.path.isfile(file)]
     if missing:
         line, name = missing[0]
         more = f" (nor {len(missing) - 1} more)" if len(missing) > 1 else ""

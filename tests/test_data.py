@@ -368,6 +368,15 @@ def test_only_testing_needs_the_classes_of_the_test_images(image_folder, tmp_pat
             ask()
 
 
+def test_only_testing_needs_the_files_of_the_test_images(image_folder, tmp_path):
+    path = write_tables(image_folder, tmp_path / "t", "a column")
+    path.write_text(path.read_text() + "\nnowhere.png,zebra,test")
+    data = ImageData("csv", root=str(path), batch_size=8, num_workers=0)
+    assert [bad.reason for batch in data.val_dataloader() for bad in batch.bad] == []
+    (bad,) = [bad for batch in data.test_dataloader() for bad in batch.bad]
+    assert str(bad) == f"cannot read image {path.parent / 'nowhere.png'}: No such file or directory"
+
+
 @pytest.mark.parametrize("kind", ["folder", "table", "one table"])
 def test_test_images_of_some_of_the_classes(image_folder, tmp_path, kind):
     """They keep their numbers; whoever tests is told which classes there are none of."""
