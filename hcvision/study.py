@@ -337,7 +337,8 @@ class Study:
             waiting = busy
 
     def show(self, result: dict[str, Any]) -> str:
-        return ", ".join(f"{metric.heading} {metric.show(result[metric.name])}" for metric in self.metrics)
+        scored = [metric for metric in self.metrics if metric.name in result]  # the first process alone has scores
+        return ", ".join(f"{metric.heading} {metric.show(result[metric.name])}" for metric in scored)
 
     @contextlib.contextmanager
     def claim(self, cell: Cell) -> Iterator[bool]:
