@@ -19,6 +19,7 @@ import threading
 import time
 import warnings
 import zipfile
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -170,7 +171,7 @@ class BestCheckpoint(ModelCheckpoint):
     ) -> None:
         if trainer.state.fn == "fit" and self.path.is_file():
             state = read_checkpoint(self.path).get("callbacks", {}).get(self.state_key, {})
-            self.best_model_score, self.best_model_path = state.get("best_model_score"), str(self.path)
+            self.best_model_score, self.best_model_path = deepcopy(state.get("best_model_score")), str(self.path)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         kept = trainer.state.fn == "fit" and not trainer.sanity_checking and not getattr(trainer, "fast_dev_run", 0)
