@@ -167,7 +167,8 @@ class CommandLine(LightningCLI):
         config = self.config[self.subcommand]
         model, data = config["model"], config["data"]
         name = "_".join(filter(None, [str(model["model"]).replace(":", "_").replace("/", "_"), model["connection"]]))
-        self.run_folder = Path(config["run"] or f"runs/{name}-{str(data['dataset']).replace('/', '_')}")
+        named = Path(config["run"] or f"runs/{name}-{str(data['dataset']).replace('/', '_')}")
+        self.run_folder = find_moved_run(config, named) or named
         self.checkpoint = config["ckpt_path"]
         self.is_trial = bool(config["trainer"]["fast_dev_run"])  # of which nothing is kept
         if self.checkpoint in ("best", "last"):
@@ -297,6 +298,19 @@ class CommandLine(LightningCLI):
         scores = f"val {top1}loss {metrics['val_loss'].item():.4f}; " if "val_loss" in metrics else ""
         kept = "nothing of it is kept (fast_dev_run)" if self.is_trial else f"the run is in {self.run_folder}"
         print(f"{scores}{kept}")
+
+
+def find_moved_run(config: Any, named: Path) -> Path | None:
+    """The folder of a run whose own config.yaml was given, where that names another one: it was copied or moved."""
+    for file in map(Path, map(str, config["config"] or [])):
+        folder = file.parent
+        if file.name != "config.yaml" or last_checkpoint(folder) is None:
+            continue
+        recorded = yaml.safe_load(file.read_text()).get("run")
+        recorded = recorded and expand_home(recorded)
+        if recorded == config["run"] and not (named.exists() and folder.samefile(named)):
+            return folder
+    return None
 
 
 def say_untouched(names: list[str]) -> str:

@@ -277,6 +277,22 @@ def test_a_checkpoint_of_other_classes(classes_run, data, what, tmp_path, capsys
     assert said == ({expected} if what else set())
 
 
+def test_the_configuration_of_a_copied_run_stands_for_the_copy(image_folder, classes_run, tmp_path, capsys):
+    """Its ``run:`` names the first folder, which stays as it is; a ``--run`` that is given stands."""
+    copy, first = tmp_path / "copy", classes_run / "run"
+    shutil.copytree(first, copy)
+    before = {path: path.read_bytes() for path in first.rglob("*") if path.is_file()}
+    command = [f"--config={copy / 'config.yaml'}", f"--data.root={classes_run / 'same'}"]
+    main(["fit", *command, "--resume=true", "--trainer.max_epochs=3"])
+    assert f"the run is in {copy}" in capsys.readouterr().out
+    assert read_checkpoint(copy / "checkpoints" / "last.ckpt")["epoch"] == 2
+    assert before == {path: path.read_bytes() for path in first.rglob("*") if path.is_file()}
+    main(["test", *command])
+    assert (copy / "test").is_dir()
+    main(["fit", *command, f"--run={tmp_path / 'third'}"])
+    assert f"the run is in {tmp_path / 'third'}" in capsys.readouterr().out
+
+
 def test_a_trial_run_leaves_nothing_and_needs_no_room(image_folder, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     main([*fit(image_folder, "run"), "--trainer.fast_dev_run=true"])
