@@ -1,9 +1,12 @@
-"""Numbers that a user gives: whether they are numbers, and in range."""
+"""What a user gives: numbers, whether they are in range, and what a library does not take."""
 
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from numbers import Integral, Real
 from typing import Any
+
+REFUSALS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError)
 
 
 def check_number(
@@ -55,3 +58,21 @@ def check_range(name: str, values: Any, **span: Any) -> None:
     check_numbers(name, values, 2, **span)
     if values[0] > values[1]:
         raise ValueError(f"{name} must be the smaller number and then the larger one, got {values!r}")
+
+
+def in_one_line(error: BaseException) -> str:
+    """What an error says, and of which class it is, in at most 300 characters."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+
+
+@contextlib.contextmanager
+def refusals(what: str) -> Iterator[None]:
+    """Raise ValueError, that ``what`` is so, for an error by which a library refuses what a user gave it.
+
+    Libraries assert, look up, divide and call with what they are given; their errors are of as many classes. Those
+    that tell a user something already, ValueError and OSError, go through as they are.
+    """
+    try:
+        yield
+    except REFUSALS as error:
+        raise ValueError(f"{what}: {in_one_line(error)}") from error

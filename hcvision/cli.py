@@ -4,6 +4,7 @@ import argparse
 import difflib
 import errno
 import inspect
+import json
 import os
 import re
 import shlex
@@ -11,7 +12,8 @@ import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from types import NoneType, UnionType
+from typing import Any, Literal, NoReturn, Union, get_args, get_origin
 
 import pytorch_lightning as pl
 import timm
@@ -22,9 +24,11 @@ from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from tqdm import tqdm
 
+from hcvision.arguments import check_number
 from hcvision.benchmark import benchmark
 from hcvision.convert import coverage
 from hcvision.data import ImageData
+from hcvision.dit import TRUNK, read_sizes
 from hcvision.evaluation import ClassReport
 from hcvision.export import export
 from hcvision.insight import inspect as inspect_run
@@ -50,9 +54,11 @@ from hcvision.runs import (
 )
 from hcvision.sampling import Sampling, columns_of, draw_samples, enlarge, grid, read_samples, write_npz
 from hcvision.scoring import (
+    FEWEST,
     Extractor,
     Inception,
     SmallClassifier,
+    count_samples,
     look_at_data,
     look_at_samples,
     open_samples,
@@ -61,6 +67,7 @@ from hcvision.scoring import (
 from hcvision.scoring import compare as compare_features
 from hcvision.study import GenerationStudy, Study, merge
 from hcvision.training import ImageClassifier, ImageGenerator, TimmModule
+from hcvision.weights import pick_weights, read_weights
 from hcvision_command import OWN, WHOLE_IMAGES, fail
 
 TASKS: dict[str, type[TimmModule]] = {"classify": ImageClassifier, "generate": ImageGenerator}
@@ -71,11 +78,14 @@ HALF_PRECISIONS = {"16-mixed", "bf16-mixed", "16-true", "bf16-true", "16", "bf16
 class OneLineErrors:
     """In front of a parser class: a wrong option ends in one line, with the nearest option, and exit code 2.
 
-    A path may begin with ~, wherever in a configuration or on the command line it is.
+    A path may begin with ~, wherever in a configuration or on the command line it is. A list of one may be a word.
     """
 
-    def parse_args(self, *args: Any, **kwargs: Any) -> Any:
-        return expand_all(super().parse_args(*args, **kwargs))  # type: ignore[misc]
+    def parse_args(self, args: Any = None, *rest: Any, **kwargs: Any) -> Any:
+        kinds = [(action, listed(action)) for action in walk_actions(self)]
+        lists = {option: kind for action, kind in kinds if kind for option in action.option_strings}
+        args = wrap_words(sys.argv[1:] if args is None else args, lists)
+        return expand_all(super().parse_args(args, *rest, **kwargs))  # type: ignore[misc]
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         lines = [line for line in str(message).splitlines() if line.strip()]
@@ -85,6 +95,31 @@ class OneLineErrors:
             near = difflib.get_close_matches(unknown[1], known, n=2)
             lines += [f"did you mean {' or '.join(near)}?"] if near else []
         fail("; ".join(line.strip() for line in lines).replace(":; ", ": "))
+
+
+def listed(action: argparse.Action) -> Any:
+    """The type of an option that takes a list and no single word, or None."""
+    kind = getattr(action, "_typehint", None)
+    kinds = {*(get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,))} - {NoneType}
+    origins = [get_origin(one) for one in kinds]
+    return kind if list in origins and all(origins) else None
+
+
+def wrap_words(arguments: Any, lists: dict[str, Any]) -> Any:
+    """The words of a command line, where a list of one for an option of ``lists`` (with its type) may be a word."""
+    if not isinstance(arguments, (list, tuple)):
+        return arguments
+    wrapped: list[Any] = []
+    for argument in arguments:
+        option, equals, word = str(argument).partition("=")
+        if wrapped and wrapped[-1] in lists:  # the word behind its option
+            option, equals, word = wrapped.pop(), "=", str(argument)
+        if option in lists and equals:
+            if word != "null" and not word.startswith(("[", "{")):
+                word = f"[{json.dumps(word, ensure_ascii=False) if 'str' in str(lists[option]) else word}]"
+            argument = f"{option}={word}"
+        wrapped.append(argument)
+    return wrapped
 
 
 def expand_home(text: str) -> str:
@@ -229,6 +264,7 @@ class CommandLine(LightningCLI):
             for folder in (self.run_folder, checkpoint_folder(self.run_folder)):
                 check_writable(folder, "--run names another folder, and --ckpt_path a checkpoint to go on from")
         self.model.check_data(self.datamodule)
+        self.model.check_arguments()
         self.datamodule.check_batch_size(self.trainer.world_size)
         self.check_length()
         if self.checkpoint is not None:
@@ -242,6 +278,8 @@ class CommandLine(LightningCLI):
                 keep_metrics(self.run_folder) if self.resuming else make_room(self.run_folder)
             if self.model.untouched is not None and self.checkpoint is None:
                 print(f"weights of {self.model.hparams['init_from']}; {say_untouched(self.model.untouched)}")
+                if self.model.adapted:
+                    print(self.model.adapted)
 
     def check_length(self) -> None:
         """Raise ValueError when there is nothing to train, or nothing but the warm-up."""
@@ -448,6 +486,7 @@ def sample(
     batch_size: int = 64,
     npz: bool = False,
     model: str | None = None,
+    model_args: dict[str, Any] | None = None,
     connection: str | None = None,
     objective: str = "ddpm",
     vae: str | None = None,
@@ -470,7 +509,9 @@ def sample(
         seed: of the noise; image i depends on it and on i alone.
         batch_size: images at a time, per device.
         npz: write samples.npz too: arr_0, (N, H, W, 3), uint8, as ADM's evaluator reads it.
-        model: timm name of a DiT, for a file of weights that is no checkpoint of ours.
+        model: timm name of a DiT, for a file of weights that is no checkpoint of ours. The number of classes, the
+            size and the channels are read in the file.
+        model_args: more arguments of the model that the file is of.
         connection: the same file's connection.
         objective: the same file's objective, ddpm or velocity.
         vae: name or folder of the VAE; the checkpoint's if not given.
@@ -479,7 +520,7 @@ def sample(
         strategy: Lightning's.
         precision: Lightning's.
     """
-    module = load_generator(checkpoint, model, connection, objective, vae)
+    module = load_generator(checkpoint, model, model_args, connection, objective, vae)
     names = module.class_names or [str(i) for i in range(module.hparams["num_classes"])]
     plan = Sampling(steps, sampler, guidance, guided_channels, seed)
     wanted = [find_class(str(name), names) for name in classes] if classes else list(range(len(names)))
@@ -497,14 +538,24 @@ def sample(
 
 
 def load_generator(
-    path: str, model: str | None, connection: str | None, objective: str, vae: str | None
+    path: str,
+    model: str | None,
+    model_args: dict[str, Any] | None,
+    connection: str | None,
+    objective: str,
+    vae: str | None,
 ) -> ImageGenerator:
     """The diffusion model of a run, of a checkpoint, or of a file of weights."""
     file = last_checkpoint(Path(path)) if Path(path).is_dir() else Path(path)
     if file is None or not file.is_file():
         raise FileNotFoundError(f"there is no checkpoint {path}: neither a file nor the folder of a run")
     if model is not None:
-        module = ImageGenerator(model, connection=connection, objective=objective, vae=vae)
+        sizes = read_sizes(pick_weights(read_weights(str(file))[0], TRUNK))
+        classes = sizes.pop("num_classes", 1000)
+        module = ImageGenerator(
+            model, connection=connection, objective=objective, vae=vae, num_classes=classes,
+            model_args={**sizes, **(model_args or {})},
+        )  # fmt: skip
         lacking = module.load_weights(str(file))
         if lacking:
             raise ValueError(
@@ -570,6 +621,8 @@ def score(arguments: list[str]) -> None:
     parser.add_class_arguments(ImageData, "data", instantiate=False)
     options = parser.parse_args(arguments)
     path = Path(options.samples)
+    count_samples(path, options.number)
+    check_number("real_images", options.real_images, least=FEWEST, whole=True)
     shape = open_samples(path)[0].shape
     device = pick_device(options.device)
     input_size = (shape[3], *shape[1:3])
@@ -592,6 +645,11 @@ def score(arguments: list[str]) -> None:
     for name in ("distance", "score", "precision", "recall", "accuracy"):
         if name in scores:
             print(f"{scores[name]:9.4f}  {labels.get(name, name)}")
+    number, features = min(len(drawn.features), len(real.features)), drawn.features.shape[1]
+    if number <= features:
+        print(
+            f"the distance says little: {features} features have no covariance of {number} images; more would be needed"
+        )
     file = path / "scores.json" if path.is_dir() else path.with_suffix(".scores.json")
     try:
         write_json(file, scores)

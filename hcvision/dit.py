@@ -264,6 +264,24 @@ PATCHES = (2, 4, 8)
 default_cfgs: dict[str, Any] = {}
 
 
+TRUNK = {"pos_embed", "x_embedder.proj.weight", "t_embedder.mlp.0.weight", "final_layer.linear.weight"}
+
+
+def read_sizes(state: dict[str, Tensor]) -> dict[str, Any]:
+    """Arguments of a ``DiT`` by the shapes of its weights, as far as they are there: classes, size and channels."""
+    sizes: dict[str, Any] = {}
+    if "y_embedder.embedding_table.weight" in state:
+        sizes["num_classes"] = len(state["y_embedder.embedding_table.weight"]) - 1
+    if {"pos_embed", "x_embedder.proj.weight", "final_layer.linear.weight"} <= state.keys():
+        _, channels, patch, _ = state["x_embedder.proj.weight"].shape
+        side = math.isqrt(state["pos_embed"].shape[1])
+        sizes["in_chans"] = channels
+        if side * side == state["pos_embed"].shape[1]:
+            sizes["img_size"] = side * patch
+        sizes["learn_sigma"] = len(state["final_layer.linear.weight"]) == 2 * channels * patch * patch
+    return sizes
+
+
 def averaged_weights(path: str) -> dict[str, Tensor] | None:
     """The averaged weights (``ema``) in the file of an official training run, None if it is no such file."""
     if path.endswith(".safetensors"):

@@ -15,10 +15,11 @@ from timm.models import save_for_hf
 from torch import Tensor, nn
 
 from hcvision import vit_names
+from hcvision.arguments import in_one_line
 from hcvision.convert import ConnectedModel, hcvision_converted
 from hcvision.data import TIMM_PREFIXES
 from hcvision.images import Images, collate
-from hcvision.prediction import MULTI_LABEL, Classifier, Files, find_images, in_one_line, load_classifier, run_data
+from hcvision.prediction import MULTI_LABEL, Classifier, Files, find_images, load_classifier, run_data
 from hcvision.runs import check_writable
 
 HUB, ONNX, PT2 = "model.safetensors", "model.onnx", "model.pt2"

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
-from hcvision.arguments import check_number
+from hcvision.arguments import check_number, in_one_line, refusals
 from hcvision.convert import create_model
 from hcvision.data import ImageData, count_workers
 from hcvision.dit import DiT
@@ -141,10 +141,8 @@ def load_module(file: Path, weights: str = "ema", **changes: Any) -> tuple[TimmM
         raise ValueError(f"{file} is no checkpoint of ours; those of a run are in RUN/checkpoints")
     kind: Any = ImageGenerator if "objective" in hparams else ImageClassifier
     hparams = hparams | {name: value for name, value in FOR_TRAINING.items() if name in hparams} | changes
-    try:
+    with refusals(f"{file} is of a model that cannot be built"):
         module = kind(**hparams)
-    except (TypeError, RuntimeError) as error:
-        raise ValueError(f"{file} is of a model that cannot be built: {in_one_line(error)}") from error
     averaged = "current_model_state" in checkpoint
     state = checkpoint["current_model_state" if averaged and weights == "raw" else "state_dict"]
     module.on_load_checkpoint({**checkpoint, "state_dict": state})
@@ -213,11 +211,6 @@ def _from_hub(source: str) -> Classifier:
         names = [names.get(str(label), str(label)) for label in range(model.num_classes)]
     config = resolve_model_data_config(model)
     return Classifier(model, list(names) if names else None, config, MULTI_LABEL in (cfg.get("notes") or ()), source)
-
-
-def in_one_line(error: Exception) -> str:
-    """What an error says, and of which class it is, in at most 300 characters."""
-    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
 
 def find_images(patterns: Iterable[str]) -> list[Path]:

@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
+from hcvision.arguments import check_number
 from hcvision.runs import is_first_process, write_json
 
 
@@ -34,6 +35,9 @@ class Sampling:
         guidance: scale of classifier-free guidance; 1 is none.
         guided_channels: of the first channels; None guides all.
         seed: of the noise.
+
+    Raises:
+        ValueError: no number, or one that cannot be meant.
     """
 
     steps: int | None = None
@@ -41,6 +45,12 @@ class Sampling:
     guidance: float = 1.0
     guided_channels: int | None = 3
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, value in (("steps", self.steps), ("guided_channels", self.guided_channels)):
+            check_number(name, 1 if value is None else value, least=1, whole=True)
+        check_number("guidance", self.guidance)
+        check_number("seed", self.seed, least=0, whole=True)
 
 
 def to_uint8(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:

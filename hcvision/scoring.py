@@ -26,11 +26,13 @@ from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, isc_features_to_metri
 from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
 from tqdm import tqdm
 
+from hcvision.arguments import check_number
 from hcvision.data import ImageData
 from hcvision.runs import Progress, first_difference, read_checkpoint, write_json
 from hcvision.sampling import parts, to_uint8
 from hcvision.training import ImageClassifier
 
+FEWEST = 4  # images: precision and recall look at the third neighbour of each
 SMALL_CNN, CNN_SIZE = "resnet10t", {"channels": [32, 64, 96, 128], "output_stride": 16}
 
 
@@ -159,6 +161,11 @@ def train_classifier(
     images.prepare_data()
     images.setup("test")
     count = len(images.stages["train"][1])
+    if images.num_classes < 2:
+        raise ValueError(
+            "the small classifier needs two classes or more to tell apart, the data have one; "
+            "--inception (a file of weights, or download) scores samples of one class"
+        )
     identity = {
         "dataset": images.dataset, "class_names": images.class_names, "images": count, "input_size": list(input_size),
         "epochs": epochs,
@@ -201,12 +208,14 @@ class Features:
 
 
 def look(extractor: Extractor, batches: Iterable[Tensor], total: int, title: str = "") -> Features:
-    """Features of images (B, H, W, C) uint8, with a progress bar."""
+    """Features of images (B, H, W, C) uint8, with a progress bar. Raises ValueError when there are too few to score."""
     seen: list[tuple[Tensor, Tensor]] = []
     with tqdm(total=total, desc=title, unit=" images", leave=False, disable=None) as bar:
         for images in batches:
             seen.append(extractor(images))
             bar.update(len(images))
+    if sum(len(features) for features, _ in seen) < FEWEST:
+        raise ValueError(f"scores need at least {FEWEST} {title or 'images'}, got {sum(len(f) for f, _ in seen)}")
     features, logits = zip(*seen, strict=True)
     return Features(torch.cat(features), torch.cat(logits))
 
@@ -240,11 +249,7 @@ def look_at_samples(extractor: Extractor, path: Path, number: int | None = None)
         FileNotFoundError: there is nothing.
         ValueError: fewer than ``number`` images, or no images at all.
     """
-    files = open_samples(path)
-    total = sum(map(len, files))
-    count = total if number is None else number
-    if count > total or count < 2:
-        raise ValueError(f"number must be 2 to {total}, the images in {path}, got {count}")
+    files, count = open_samples(path), count_samples(path, number)
 
     def batches() -> Iterator[Tensor]:
         left = count
@@ -261,6 +266,19 @@ def look_at_samples(extractor: Extractor, path: Path, number: int | None = None)
         if extractor.class_names is not None and about["class_names"] == extractor.class_names:
             seen.classes = classes[torch.arange(count) % len(classes)]
     return seen
+
+
+def count_samples(path: Path, number: int | None = None) -> int:
+    """How many of the samples in a place are meant by ``number``; None means all.
+
+    Raises:
+        ValueError: there are not as many, or fewer than can be scored.
+    """
+    total = sum(map(len, open_samples(path)))
+    if total < FEWEST:
+        raise ValueError(f"there are {total} samples in {path}; scores need at least {FEWEST}")
+    check_number("number", total if number is None else number, least=FEWEST, most=total, whole=True)
+    return total if number is None else number
 
 
 def open_samples(path: Path) -> list[np.ndarray]:

@@ -15,11 +15,9 @@ import timm
 import torch
 from pytorch_lightning.callbacks import EMAWeightAveraging, ModelCheckpoint
 from pytorch_lightning.loggers import TensorBoardLogger
-from safetensors import SafetensorError
 from timm.data import Mixup, resolve_model_data_config
 from timm.loss import SoftTargetCrossEntropy
-from timm.models import get_model_input_config, load_state_dict, load_state_dict_from_hf
-from timm.models._hub import load_model_config_from_hf, load_model_config_from_path
+from timm.models import get_model_input_config
 from timm.optim import create_optimizer_v2, list_optimizers
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
@@ -31,15 +29,17 @@ from torchmetrics.classification import (
     MultilabelF1Score,
 )
 
+from hcvision.arguments import check_number, refusals
 from hcvision.connections import BACKENDS, Connection, StreamConnection
 from hcvision.convert import checkpoint_filter_fn, create_model, recompute_streams
 from hcvision.data import ImageData
 from hcvision.diffusion import OBJECTIVES, SeededNoise, check_sampler, guide
-from hcvision.dit import DiT, averaged_weights
+from hcvision.dit import DiT
 from hcvision.latents import decode, load_vae
-from hcvision.runs import best_checkpoint, has_compiler, read_checkpoint
+from hcvision.runs import has_compiler
 from hcvision.sampling import Sampling, columns_of, enlarge, grid, to_uint8
 from hcvision.sharding import hold_whole, number_by_module, shard
+from hcvision.weights import compare_states, find_weights, fit_channels, pick_weights, read_weights
 
 PARTS = tuple(StreamConnection.parts)  # of a connection
 ENDING_SCHEDULES = ("cosine", "tanh", "poly", "wsd")
@@ -132,12 +132,21 @@ class TimmModule(pl.LightningModule):
         check_name("sched", sched, SCHEDULES)
         if warmup_steps and warmup_epochs:
             raise ValueError(f"give warmup_steps or warmup_epochs, got both ({warmup_steps} and {warmup_epochs})")
-        if connection_lr_factor <= 0:
-            raise ValueError(f"connection_lr_factor must be positive, got {connection_lr_factor}")
-        if freeze_epochs < 0 or (freeze_epochs and linear_probe):
-            raise ValueError(
-                f"freeze_epochs must be at least 0, and 0 with linear_probe, got {freeze_epochs} and {linear_probe}"
-            )
+        for name, value in {"lr": lr, "weight_decay": weight_decay, "warmup_lr": warmup_lr, "min_lr": min_lr}.items():
+            check_number(name, value, least=0)
+        check_number("connection_lr_factor", connection_lr_factor, above=0)
+        check_number("layer_decay", 1 if layer_decay is None else layer_decay, above=0)
+        for name, value in (model_args or {}).items():
+            if name.endswith("drop_rate") or name == "drop_path_rate":
+                check_number(name, value, 0, 1)
+        check_number("ema_decay", 0 if ema_decay is None else ema_decay, least=0, below=1)
+        check_number("num_classes", num_classes, least=1, whole=True)
+        check_number("warmup_epochs", warmup_epochs, least=0)
+        counts = {"warmup_steps": warmup_steps, "freeze_epochs": freeze_epochs, "skip_nonfinite": skip_nonfinite}
+        for name, value in counts.items():
+            check_number(name, value, least=0, whole=True)
+        if freeze_epochs and linear_probe:
+            raise ValueError(f"freeze_epochs must be 0 with linear_probe, got {freeze_epochs}")
         if init_from is not None:
             find_weights(init_from)
         if connection_recompute and grad_checkpointing:
@@ -146,12 +155,10 @@ class TimmModule(pl.LightningModule):
             )
         self.save_hyperparameters(ignore=["connection_backend", "connection_recompute"])  # the run's own
         load_pretrained = pretrained and init_from is None
-        try:
+        with refusals(f"{model} does not take these model_args"):
             self.model = create_model(
                 model, connection, pretrained=load_pretrained, num_classes=num_classes, **(model_args or {})
             )
-        except TypeError as error:
-            raise ValueError(f"{model} does not take these model_args: {error}") from error
         self.check_model(model)
         self.skipped, self.last_loss = 0, torch.zeros(())
         self.batches_done = 0  # of the epoch in which a run goes on
@@ -160,6 +167,7 @@ class TimmModule(pl.LightningModule):
         self.data_config = resolve_model_data_config(self.model)
         self.data_config["input_size"] = get_model_input_config(self.model)["input_size"]
         self.untouched: list[str] | None = None  # what init_from has no weights for
+        self.adapted = ""  # what was done to its weights, in words
         self.initial_classes: list[str] | None = None  # of these weights' head
         self.class_names: list[str] | None = None  # of the data
         if init_from is not None:
@@ -340,23 +348,33 @@ class TimmModule(pl.LightningModule):
             checkpoint["images_per_step"] = [self.trainer.world_size, self.data.batch_size]
 
     def configure_optimizers(self) -> Any:
+        optimizer = self.make_optimizer()
+        schedule = {"scheduler": self.make_schedule(optimizer), "interval": "step"}
+        return {"optimizer": optimizer, "lr_scheduler": schedule}
+
+    def check_arguments(self) -> None:
+        """Raise ValueError when the optimizer or the schedule does not take its arguments."""
+        self.build_schedule(self.make_optimizer(), self.hparams["sched"], 1000, 0, 1.0)
+
+    def make_optimizer(self) -> torch.optim.Optimizer:
+        """The optimizer of this run. Raises ValueError when it does not take its arguments."""
         hparams = self.hparams
-        optimizer = create_optimizer_v2(
-            self.model,
-            opt=hparams["opt"],
-            lr=hparams["lr"],
-            weight_decay=hparams["weight_decay"],
-            layer_decay=hparams["layer_decay"],
-            fallback_list=("*connection?.*",),  # muon and its like choose by shape; all our matrices are Adam's
-            **(hparams["opt_args"] or {}),
-        )
+        with refusals(f"{hparams['opt']} does not take these opt_args"):
+            optimizer = create_optimizer_v2(
+                self.model,
+                opt=hparams["opt"],
+                lr=hparams["lr"],
+                weight_decay=hparams["weight_decay"],
+                layer_decay=hparams["layer_decay"],
+                fallback_list=("*connection?.*",),  # muon and its like choose by shape; all our matrices are Adam's
+                **(hparams["opt_args"] or {}),
+            )
         own = connection_parameters(self.model)
         if hparams["connection_lr_factor"] != 1:
             set_apart(optimizer, own, lr_scale=hparams["connection_lr_factor"])
         if hparams["connection_decay"]:
             set_apart(optimizer, own, weight_decay=hparams["weight_decay"])
-        schedule = {"scheduler": self.make_schedule(optimizer), "interval": "step"}
-        return {"optimizer": optimizer, "lr_scheduler": schedule}
+        return optimizer
 
     def make_schedule(self, optimizer: torch.optim.Optimizer) -> Scheduler:
         """The schedule of this run, in updates.
@@ -376,24 +394,38 @@ class TimmModule(pl.LightningModule):
             about += "after the warm-up the learning rate stays as it is; max_epochs or max_steps would set one"
             warnings.warn(about)  # noqa: B028 - said once, whoever asks
             name = "constant"
+        length = 1 if updates == float("inf") else int(updates) - warmup
+        return self.build_schedule(optimizer, name, length, warmup, per_epoch)
+
+    def build_schedule(
+        self, optimizer: torch.optim.Optimizer, name: str, length: int, warmup: int, per_epoch: float
+    ) -> Scheduler:
+        """timm's schedule of so many updates behind those of the warm-up.
+
+        Raises:
+            ValueError: it does not take its arguments.
+        """
+        hparams = self.hparams
         sched_args = dict(hparams["sched_args"] or {})
-        for key in ("decay_epochs", "cooldown_epochs", "stable_timescale"):
-            if sched_args.get(key, 0) >= 1:
-                sched_args[key] = round(sched_args[key] * per_epoch)
-        if "decay_milestones" in sched_args:
-            sched_args["decay_milestones"] = [round(epoch * per_epoch) for epoch in sched_args["decay_milestones"]]
-        return create_scheduler_v2(
-            optimizer,
-            sched=name,
-            num_epochs=1 if updates == float("inf") else int(updates) - warmup,
-            warmup_epochs=warmup,
-            warmup_prefix=True,
-            warmup_lr=hparams["warmup_lr"],
-            min_lr=hparams["min_lr"],
-            step_on_epochs=False,
-            updates_per_epoch=1,
-            **sched_args,
-        )[0]
+        with refusals(f"{name} does not take these sched_args"):
+            for key in ("decay_epochs", "cooldown_epochs", "stable_timescale"):
+                if sched_args.get(key, 0) >= 1:
+                    sched_args[key] = round(sched_args[key] * per_epoch)
+            if "decay_milestones" in sched_args:
+                sched_args["decay_milestones"] = [round(epoch * per_epoch) for epoch in sched_args["decay_milestones"]]
+            schedule, _ = create_scheduler_v2(
+                optimizer,
+                sched=name,
+                num_epochs=length,
+                warmup_epochs=warmup,
+                warmup_prefix=True,
+                warmup_lr=hparams["warmup_lr"],
+                min_lr=hparams["min_lr"],
+                step_on_epochs=False,
+                updates_per_epoch=1,
+                **sched_args,
+            )
+        return schedule
 
     def count_warmup(self, trainer: pl.Trainer, batches: float) -> int:
         """Updates of the warm-up in a run whose epochs have so many batches; half of a run that was cut short.
@@ -451,40 +483,25 @@ class TimmModule(pl.LightningModule):
             Names of parameters that keep their initial values: the connections of a residual
             checkpoint, the head of one with other classes.
         """
-        if is_remote(source):
-            state, config = download_weights(source)
-            self.initial_classes = config.get("label_names")
-            self.prepare_as(config)
-        else:
-            state = self.read_weights(find_weights(source))
-        if any(name.startswith("model.") for name in state):
-            state = {name.removeprefix("model."): value for name, value in state.items() if name.startswith("model.")}
+        content, about = read_weights(source)
+        self.initial_classes = about["class_names"]
+        self.prepare_as(about)
+        own, heads = self.model.state_dict(), self.head_names
+        trunk = {name for name in own if not name.startswith(heads) and ".connection" not in name}
+        state = pick_weights(content, trunk)
         given = set(state)
-        state = checkpoint_filter_fn(state, self.model)
-        own = self.model.state_dict()
-        heads = self.head_names
+        where = f"the weights in {source} are of another architecture"
+        ours, theirs = ({name: part[name] for name in own if name in trunk and name in part} for part in (own, state))
+        with refusals(": ".join(filter(None, (where, compare_states(ours, theirs))))):
+            state = checkpoint_filter_fn(state, self.model)
         for name in [n for n in state if n.startswith(heads) and n in own and own[n].shape != state[n].shape]:
             del state[name]
+        self.adapted = fit_channels(state, own, self.model.pretrained_cfg.get("first_conv"))  # type: ignore[union-attr,operator]
         difference = compare_states(own, state, ignore=heads)
         if difference:
-            raise ValueError(f"the weights in {source} are of another architecture: {difference}")
+            raise ValueError(f"{where}: {difference}")
         self.model.load_state_dict(state, strict=False)
         return sorted(set(own) - given | (set(own) - set(state)))
-
-    def read_weights(self, path: Path) -> dict[str, Tensor]:
-        """The weights in a file, averaged if it has such. A checkpoint of ours also says how images are prepared."""
-        if path.suffix != ".safetensors":
-            checkpoint = read_checkpoint(path)
-            self.initial_classes = checkpoint.get("class_names")
-            self.prepare_as(checkpoint.get("data_config", {}))
-        elif path.with_name("config.json").is_file():
-            config = load_model_config_from_path(path.parent)[0]
-            self.initial_classes = config.get("label_names")
-            self.prepare_as(config)
-        try:
-            return averaged_weights(str(path)) or load_state_dict(str(path), use_ema=True)
-        except SafetensorError as error:
-            raise ValueError(f"{path} is no safetensors file, or a damaged one: {error}") from error
 
     def prepare_as(self, config: dict[str, Any]) -> None:
         """Prepare images as ``config`` says, where it is for as many channels; data may say otherwise."""
@@ -587,7 +604,11 @@ class ImageClassifier(TimmModule):
         multi_label: bool = False,
         **kwargs: Any,
     ):
-        if kwargs.get("num_classes", 2) < 2 and not multi_label:
+        check_number("label_smoothing", label_smoothing, 0, 1)
+        check_number("mixup_prob", mixup_prob, 0, 1)
+        check_number("mixup", mixup, least=0)
+        check_number("cutmix", cutmix, least=0)
+        if kwargs.get("num_classes", 2) == 1 and not multi_label:
             raise ValueError(
                 f"num_classes must be at least 2, got {kwargs['num_classes']}: there is nothing to tell apart"
             )
@@ -626,8 +647,24 @@ class ImageClassifier(TimmModule):
 
     def check_data(self, data: ImageData) -> None:
         super().check_data(data)
+        config = data.data_config(self.data_config)
+        size = tuple(config["input_size"])
+        if size != tuple(self.data_config["input_size"]):
+            self.check_size(size)
         if self.mixup is not None and data.batch_size % 2:
             raise ValueError(f"batch_size must be even for mixup and cutmix, got {data.batch_size}")
+
+    @torch.no_grad()
+    def check_size(self, size: tuple[int, ...]) -> None:
+        """Raise ValueError when the model does not take images of this size (C, H, W), by trying one."""
+        training, like = self.model.training, next(self.model.parameters())
+        self.model.eval()
+        with refusals(
+            f"{self.hparams['model']} does not take the images of the data, {size}; model_args has img_size, in_chans "
+            "and, for some, dynamic_img_size"
+        ):
+            self.model(torch.zeros(1, *size, device=like.device, dtype=like.dtype))
+        self.model.train(training)
 
     def forward(self, images: Tensor) -> Tensor:
         return self.model(images)
@@ -729,8 +766,10 @@ class ImageGenerator(TimmModule):
         **kwargs: Any,
     ):
         check_name("objective", objective, OBJECTIVES)
-        if not 0 <= label_dropout < 1:
-            raise ValueError(f"label_dropout must be at least 0 and below 1, got {label_dropout}")
+        check_number("sample_every", sample_every, least=0, whole=True)
+        check_number("sample_count", sample_count, least=1, whole=True)
+        check_number("sample_steps", sample_steps, least=1, whole=True)
+        check_number("label_dropout", label_dropout, least=0, below=1)
         super().__init__(model, lr=lr, weight_decay=weight_decay, sched=sched, ema_decay=ema_decay, **kwargs)
         self.diffusion = OBJECTIVES[objective](clip=vae is None)
         self.sampling = Sampling(steps=sample_steps, guidance=sample_guidance, seed=seed)
@@ -916,40 +955,6 @@ def finish_epoch(checkpoint: dict[str, Any]) -> None:
                 counts["processed"] = counts["completed"] = counts["ready"]
 
 
-def is_remote(source: str) -> bool:
-    return source.startswith("hf-hub:")
-
-
-def find_weights(source: str) -> Path:
-    """The file of weights that ``init_from`` names.
-
-    Raises:
-        FileNotFoundError: there is none.
-    """
-    path = Path(source)
-    if path.is_dir():
-        found = [file for file in (best_checkpoint(path), path / "model.safetensors") if file and file.is_file()]
-        if not found:
-            raise FileNotFoundError(f"there are no weights in {path}: neither a run's nor an exported model's folder")
-        return found[0]
-    if not path.is_file() and not is_remote(source):
-        raise FileNotFoundError(f"there is no file {source} to take weights from")
-    return path
-
-
-def download_weights(source: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The weights of a repository of the Hugging Face hub, and how images are prepared for them.
-
-    Raises:
-        ValueError: they cannot be had.
-    """
-    try:
-        place = source.removeprefix("hf-hub:")
-        return load_state_dict_from_hf(place, weights_only=True), load_model_config_from_hf(place)[0]
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ValueError(f"no weights from {source}: {' '.join(str(error).split())}") from error
-
-
 def choose_backend(model: nn.Module, backend: str) -> None:
     """Let all connections of a model, if it has any, run by ``backend``.
 
@@ -996,19 +1001,6 @@ def set_apart(
             scaled = {"lr_scale": group.get("lr_scale", 1.0) * lr_scale}
             optimizer.add_param_group({**group, **scaled, **changes, "params": apart})
     optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
-
-
-def compare_states(own: dict[str, Tensor], state: dict[str, Tensor], ignore: tuple[str, ...] = ()) -> str | None:
-    """The first difference in names or shapes in words, or None."""
-    for name in own:
-        if name.startswith(ignore) if ignore else False:
-            continue
-        if name not in state:
-            return f"{name} is missing"
-        if own[name].shape != state[name].shape:
-            return f"{name} has shape {list(state[name].shape)}, not {list(own[name].shape)}"
-    unknown = next((name for name in state if name not in own), None)
-    return None if unknown is None else f"{unknown} is not in this model"
 
 
 def check_name(what: str, name: str, known: Any, remote: bool = False) -> None:

@@ -23,6 +23,8 @@ import yaml
 from diffusers import AutoencoderKL
 
 import hcvision
+from hcvision import cli
+from hcvision.cli import wrap_words
 from hcvision.data import ImageData
 from hcvision.runs import read_checkpoint
 from hcvision.sampling import read_samples
@@ -631,9 +633,9 @@ def test_two_processes_compare(image_folder, tmp_path):
 
 
 def test_weights_of_another_library(dit_run, tmp_path, monkeypatch, capsys):
-    """A file of weights with official keys is sampled from with --model."""
+    """A file of weights with official keys is sampled from with --model, whatever its number of classes."""
     monkeypatch.chdir(tmp_path)
-    for name, classes in (("weights.pt", 1000), ("other.pt", 7)):
+    for name, classes in (("weights.pt", 1000), ("seven.pt", 7)):
         torch.save(timm.create_model("dit_s_patch8_256", num_classes=classes).state_dict(), name)
     AutoencoderKL(norm_num_groups=4, block_out_channels=(8,), latent_channels=4).save_pretrained("vae")
     with pytest.raises(SystemExit):
@@ -644,8 +646,10 @@ def test_weights_of_another_library(dit_run, tmp_path, monkeypatch, capsys):
         main(draw)
     assert "the model draws latents of 4 channels; --vae names the VAE" in capsys.readouterr().err
     with pytest.raises(SystemExit):
-        main(["sample", "other.pt", "--model=dit_s_patch8_256", "--vae=vae"])
-    assert "other.pt holds other weights than a dit_s_patch8_256: y_embedder" in capsys.readouterr().err
+        main(["sample", "weights.pt", "--model=dit_b_patch8_256", "--vae=vae"])
+    assert "the weights in weights.pt are of another architecture: pos_embed has shape" in capsys.readouterr().err
+    main(["sample", "seven.pt", *draw[2:], "--vae=vae", "--out=seven"])
+    assert "1 images of 7 classes" in capsys.readouterr().out
     main([*draw, "--vae=vae", "--npz=true"])
     assert "1 images of 1000 classes" in capsys.readouterr().out
     assert np.load("samples/samples.npz")["arr_0"].shape == (1, 32, 32, 3)
@@ -735,3 +739,36 @@ def test_every_config_parses_and_its_models_build(path, monkeypatch, tmp_path):
 def test_usage(capsys):
     main(["--help"])
     assert "compare" in capsys.readouterr().out
+
+
+def test_a_list_of_one_is_a_word():
+    """Behind the option or its = sign; other options, lists and null stay as they are."""
+    lists = {"--classes": "list[str | int]", "--seeds": "list[int]"}
+    given = ["sample", "run", "--classes", "müller straße", "--seeds=3", "--out", "a", "--number=4"]
+    assert wrap_words(given, lists) == [
+        "sample", "run", '--classes=["müller straße"]', "--seeds=[3]", "--out", "a", "--number=4",
+    ]  # fmt: skip
+    for word in ("[a, b]", "null", "{a: 1}"):
+        assert wrap_words(["--classes", word], lists) == [f"--classes={word}"]
+
+
+@pytest.mark.parametrize(("word", "number"), [("zebra", 2), ("2", 2), ("0", 0)])
+def test_one_class_to_draw(dit_run, tmp_path, monkeypatch, word, number):
+    """By its name, or by its number."""
+    drawn = []
+    monkeypatch.setattr(cli, "draw_samples", lambda module, out, plan, count, wanted, *_: drawn.append(wanted))
+    monkeypatch.setattr(cli, "is_first_process", lambda: False)
+    for words in ([f"--classes={word}"], ["--classes", word], [f"--classes=[{word}]"]):
+        main(["sample", str(dit_run), f"--out={tmp_path}", "--accelerator=cpu", *words])
+    assert drawn == [[number]] * 3
+
+
+def test_weights_of_another_number_of_classes(tmp_path):
+    """Of a diffusion model: the number of classes, the size and the channels are those of the file."""
+    sizes = {"img_size": 16, "in_chans": 1, "num_classes": 7, "embed_dim": 48, "depth": 1, "num_heads": 3}
+    state = timm.create_model("dit_tiny_patch4_pixel", learn_sigma=False, **sizes).state_dict()
+    torch.save({"ema": {f"module.{name}": value for name, value in state.items()}}, tmp_path / "dit.pt")
+    rest = {name: sizes[name] for name in ("embed_dim", "depth", "num_heads")}
+    module = cli.load_generator(str(tmp_path / "dit.pt"), "dit_tiny_patch4_pixel", rest, None, "velocity", None)
+    assert (module.hparams["num_classes"], module.data_config["input_size"]) == (7, (1, 16, 16))
+    assert all(torch.equal(module.model.state_dict()[name], value) for name, value in state.items())

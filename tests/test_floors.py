@@ -27,7 +27,7 @@ FLOORS = (
     {"streaming"},
     {"data"},
     {"runs"},
-    {"display", "latents", "sampling", "sharding"},
+    {"display", "latents", "sampling", "sharding", "weights"},
     {"training"},
     {"evaluation", "prediction", "benchmark"},
     {"scoring"},

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from conftest import write_folder
 from PIL import Image
@@ -244,6 +245,12 @@ def table(place, text):
     (place / "table.csv").write_text(text)
 
 
+def small_vit(**changes):
+    return timm.create_model(
+        "vit_tiny_patch16_224", img_size=32, patch_size=16, embed_dim=48, num_heads=3, **changes
+    ).state_dict()
+
+
 NEW = "--run=run2"
 # what is wrong, how it is made in a folder with photos/ and a trained run/, the command, and what is answered
 OTHERS = {
@@ -322,6 +329,29 @@ OTHERS = {
         None, [NEW, "--model.warmup_epochs=5"], "warmup_epochs must be less than the 2 epochs of the run, got 5",
     ),
     "no epoch to train": (None, [NEW, "--trainer.max_epochs=0"], "there is nothing to train: max_epochs is 0"),
+    "an argument that the optimizer does not take": (None, [NEW, "--model.opt_args={beta: 0.9}"], "adamw does not take these opt_args: TypeError: "),
+    "an argument that the schedule does not take": (None, [NEW, "--model.sched_args={foo: 1}"], "cosine does not take these sched_args: TypeError: "),
+    "heads that do not divide the width": (
+        None, [NEW, "--model.model_args={img_size: 32, embed_dim: 50, num_heads: 3, depth: 1}"],
+        "vit_tiny_patch16_224 does not take these model_args: AssertionError: dim should be divisible by num_heads",
+    ),
+    "images of a size that the model does not take": (
+        None, [NEW, "--data.img_size=64"], "vit_tiny_patch16_224 does not take the images of the data, (3, 64, 64); model_args has img_size",
+    ),
+    "a negative learning rate": (None, [NEW, "--model.lr=-0.1"], "lr must be at least 0, got -0.1"),
+    "a learning rate that is no number": (None, [NEW, "--model.lr=.nan"], "lr must be at least 0, got nan"),
+    "an average that does not forget": (None, [NEW, "--model.ema_decay=2"], "ema_decay must be at least 0 and below 1, got 2"),
+    "a drop rate of per cent": (
+        None, [NEW, "--model.model_args={drop_path_rate: 10}"], "drop_path_rate must be at least 0 and at most 1, got 10",
+    ),
+    "weights of another depth": (
+        lambda p: torch.save(small_vit(depth=3), p / "deep.pth"), [NEW, "--model.init_from=deep.pth"],
+        "the weights in deep.pth are of another architecture: blocks.",
+    ),
+    "weights of other names": (
+        lambda p: torch.save({"a.b": torch.ones(1), "a.c": torch.ones(1)}, p / "names.pth"), [NEW, "--model.init_from=names.pth"],
+        "the weights in names.pth are of another architecture: cls_token is missing; there are 'a.b', 'a.c', ...",
+    ),
     "a checkpoint of another architecture": (
         None, [NEW, "--ckpt_path=run/checkpoints/last.ckpt", "--model.connection=dhc4"],
         "the checkpoint is of another architecture: connection is 'dhc2' there and 'dhc4' here",

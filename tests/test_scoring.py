@@ -16,6 +16,8 @@ from hcvision.scoring import (
     Inception,
     SmallClassifier,
     compare,
+    count_samples,
+    look,
     look_at_data,
     look_at_samples,
     open_samples,
@@ -172,7 +174,7 @@ def test_unreadable_real_images(classifier, image_folder, tmp_path):
 
 def test_bad_samples(tmp_path):
     write_run(tmp_path / "run", np.zeros((9, 4, 4, 3), np.uint8), [0])
-    with pytest.raises(ValueError, match=r"number must be 2 to 9, the images in .*, got 10"):
+    with pytest.raises(ValueError, match=r"number must be at least 4 and at most 9, got 10"):
         look_at_samples(Inception, tmp_path / "run", 10)
     (tmp_path / "run" / "parts" / "000000003-000000006.npy").unlink()
     with pytest.raises(ValueError, match="have gaps"):
@@ -273,3 +275,22 @@ def test_files_of_samples_run_nothing(tmp_path, what):
     with pytest.raises(ValueError, match=r"a\.npz (is no .npz with arr_0: |must be .* uint8, got )"):
         open_samples(path)
     assert not (tmp_path / "it_ran").exists()
+
+
+@pytest.mark.parametrize("number", [0, 1, 3])
+def test_too_few_to_score(number, tmp_path):
+    """Precision and recall look at the third neighbour: fewer than four images, drawn or real, are said to be few."""
+    images = np.zeros((number, 4, 4, 3), np.uint8)
+    np.savez(tmp_path / "few.npz", arr_0=images)
+    with pytest.raises(ValueError, match=f"there are {number} samples in .*few.npz; scores need at least 4"):
+        count_samples(tmp_path / "few.npz")
+    with pytest.raises(ValueError, match=f"scores need at least 4 real train images, got {number}"):
+        look(lambda x: (x, x), torch.from_numpy(images).split(2), number, "real train images")
+
+
+def test_one_class(tmp_path, image_folder):
+    """A classifier of one class tells nothing apart; Inception can score it."""
+    for split in ("train", "val"):
+        shutil.copytree(image_folder / split / "zebra", tmp_path / "one" / split / "zebra")
+    with pytest.raises(ValueError, match="needs two classes or more to tell apart, the data have one; --inception"):
+        train_classifier(tmp_path / "c", {"root": str(tmp_path / "one"), "num_workers": 0}, SIZE)
