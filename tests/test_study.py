@@ -208,6 +208,7 @@ def cells_in(text):
 def test_two_processes_share_a_study(make, tmp_path, monkeypatch, capfd):
     """Each cell is run by one of them, and is what it is by one process; a cell repeated gives the same again."""
     threads, signals = torch.get_num_threads(), (signal.SIGINT, signal.SIGTERM)
+    children = {*multiprocessing.active_children()}
     handlers = [signal.getsignal(number) for number in signals]
     plan = {"variants": ["residual", "dhc2"], "timing_rounds": 0}
     torch.set_num_threads(1)  # as each of the two has
@@ -231,7 +232,7 @@ def test_two_processes_share_a_study(make, tmp_path, monkeypatch, capfd):
     assert sorted(mine + theirs) == [(v, s) for v in ("dhc2", "residual") for s in "01"]
     assert mine
     assert theirs
-    assert not multiprocessing.active_children()
+    assert {*multiprocessing.active_children()} <= children  # loading processes of other tests may still be there
     results = [[*csv.DictReader((folder / "results.csv").read_text().splitlines())] for folder in (one, out)]
     assert [row | {"seconds": ""} for row in results[0]] == [row | {"seconds": ""} for row in results[1]]
     assert (one / "curves.csv").read_text() == (out / "curves.csv").read_text()
