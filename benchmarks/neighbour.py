@@ -25,6 +25,7 @@ WARM_UP = 5  # steps
 WAYS = {
     "as hcvision sets it": {},
     "with one thread": {"OMP_NUM_THREADS": "1"},
+    "threads that spin briefly": {"GOMP_SPINCOUNT": "1000"},
     "threads that spin": {"GOMP_SPINCOUNT": "300000"},  # what libgomp does when nothing is said
 }
 
