@@ -62,7 +62,6 @@ LAID_OUT = {  # the commands whose help is read in the source: their own options
         {"study": "", "model": "model.", "data": "data.", "trainer": "trainer."},
     ),
 }
-GIVEN = {"model", "data", "trainer", "self", "kwargs"}  # arguments of these classes that are groups, or no options
 WHOLE_IMAGES = {"data.scale": (1.0, 1.0), "data.ratio": (1.0, 1.0), "data.crop_pct": 1.0}  # where images are drawn
 LINKED = {"model.num_classes", "model.multi_label", "model.seed"}  # come from the data
 
@@ -165,12 +164,9 @@ def describe_command(arguments: list[str]) -> str:
         for name in wanted.get(group, GROUPS[group]):
             options |= classes.get(name, {})
         text += ["", f"{group} (Lightning's)" if group == "trainer" else group]
+        hidden = {"self", "kwargs", *(groups if not prefix else ())}  # a study takes the groups as arguments
         for name, (kind, default, about) in options.items():
-            if (
-                name in GIVEN - {"model"}
-                or (name == "model" and not prefix)
-                or f"{prefix}{name}" in LINKED | VARIED.get(command, set())
-            ):
+            if name in hidden or f"{prefix}{name}" in LINKED | VARIED.get(command, set()):
                 continue
             about = re.sub(r":\w+:`~?\.?([^`]*)`", r"\1", " ".join(about.partition("\n\n")[0].split()))
             about = about.partition(" Default: ")[0].replace("``", "")
@@ -182,6 +178,7 @@ def describe_command(arguments: list[str]) -> str:
 
 
 def describe_option(name: str, about: str, kind: str = "") -> list[str]:
+    """The lines of an option in a help: its name and type, and what it means beside them or below."""
     width = max(min(shutil.get_terminal_size().columns, 120), 60)
     lines = textwrap.wrap(about, width - 32)
     head = f"  {name} {kind}".rstrip()
