@@ -28,7 +28,7 @@ $(TIMM_TESTS): $(STAMP)
 	mv $@.tmp/tests $@ && rm -rf $@.tmp
 
 data: $(STAMP)
-	$(BIN)/python -m hcvision.fashion $(DATA)
+	$(BIN)/python -m hcvision.data $(DATA)
 
 demo: $(STAMP) data
 	$(BIN)/hcvision compare --config configs/studies/demo.yaml --data.root $(DATA)
@@ -41,7 +41,7 @@ SMALL := {img_size: 28, patch_size: 7, in_chans: 1, embed_dim: 64, depth: 6, num
 SHOES := $(DATA)/shoes
 
 demo-finetune: $(STAMP)
-	$(BIN)/python -m hcvision.fashion $(DATA) --folder $(SHOES) --images 500 --classes Sandal Sneaker "Ankle boot"
+	$(BIN)/python -m hcvision.data $(DATA) --folder $(SHOES) --images 500 --classes Sandal Sneaker "Ankle boot"
 	$(BIN)/hcvision fit --config configs/fashion_mnist.yaml --data.root $(DATA) --run runs/clothes --resume auto \
 	  --model.connection residual --data.train_samples 20000 --trainer.max_epochs 2
 	$(BIN)/hcvision fit --config configs/finetune.yaml --data.root $(SHOES) --run runs/shoes --resume auto \

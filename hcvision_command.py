@@ -6,27 +6,21 @@ import importlib.metadata
 import importlib.util
 import os
 import re
+import runpy
 import shutil
 import sys
 import textwrap
 from pathlib import Path
-from typing import NoReturn
 
-COMMANDS = {
-    "fit": "train a model, or fine-tune one (--task generate: a diffusion model)",
-    "validate": "score a checkpoint on the validation images",
-    "test": "score a checkpoint on the test images; classes one by one, confusion matrix",
-    "predict": "classes and probabilities of image files, as CSV or JSON",
-    "inspect": "what the connections of a trained model do: tables and pictures",
-    "export": "a checkpoint as a folder for timm, as ONNX, as torch.export",
-    "benchmark": "speed and memory of models, beside their residual twins",
-    "compare": "train variants beside their residual twin and report",
-    "report": "write a study's table and pictures again, from its CSV files",
-    "sample": "draw images with a diffusion model",
-    "score": "compare drawn images with real ones: FID, or a distance on a small classifier",
-    "encode": "turn a folder of images into latents of a VAE",
-    "coverage": "count the timm architectures that take connections, and say why the others do not",
-}
+
+def find_package(name: str) -> Path | None:
+    """The folder of an installed package, which is not imported."""
+    spec = importlib.util.find_spec(name)
+    return Path(spec.origin).parent if spec and spec.origin else None
+
+
+OPTIONS = runpy.run_path(str((find_package("hcvision") or Path()) / "cli" / "options.py"))  # without its package
+COMMANDS, OWN, WHOLE_IMAGES, fail = (OPTIONS[name] for name in ("COMMANDS", "OWN", "WHOLE_IMAGES", "fail"))
 USAGE = """\
 usage: hcvision COMMAND [--config FILE] [options]
 
@@ -41,18 +35,13 @@ GROUPS = {
     "study": ("Study", "GenerationStudy"),
 }  # fmt: skip
 FILES = {
-    "model": "hcvision/training.py", "data": "hcvision/data.py", "trainer": "pytorch_lightning/trainer/trainer.py",
-    "study": "hcvision/study.py",
-}  # fmt: skip
-OWN = {  # options that are no arguments of a class
-    "config": "YAML file of options; may be given several times, later ones and the command line win",
-    "print_config": "print the configuration that results, and end",
-    "task": "classify, or generate (diffusion)",
-    "run": "folder of the run (default: runs/NAME)",
-    "resume": "go on with the run in that folder; auto: if there is one, else start it (fit only)",
-    "ckpt_path": "checkpoint to go on with, or to score: a path, or best or last of the run",
-    "seed_everything": "seed of the initial weights and of everything random (default: 0)",
-    "repeat": "train one cell again (dhc2/0 for seed 0) and compare it with the results beside the configuration",
+    "TimmModule": "hcvision/training/module.py",
+    "ImageClassifier": "hcvision/training/classification.py",
+    "ImageGenerator": "hcvision/training/generation.py",
+    "ImageData": "hcvision/data/module.py",
+    "Study": "hcvision/studies/study.py",
+    "GenerationStudy": "hcvision/studies/generation.py",
+    "Trainer": "pytorch_lightning/trainer/trainer.py",
 }
 LIGHTNING = ("config", "print_config", "task", "run", "resume", "ckpt_path", "seed_everything")
 LAID_OUT = {  # the commands whose help is read in the source: their own options, and groups with the prefix of each
@@ -62,7 +51,6 @@ LAID_OUT = {  # the commands whose help is read in the source: their own options
         {"study": "", "model": "model.", "data": "data.", "trainer": "trainer."},
     ),
 }
-WHOLE_IMAGES = {"data.scale": (1.0, 1.0), "data.ratio": (1.0, 1.0), "data.crop_pct": 1.0}  # where images are drawn
 LINKED = {"model.num_classes", "model.multi_label", "model.seed"}  # come from the data
 
 
@@ -95,11 +83,6 @@ def let_threads_sleep() -> None:
         os.environ["OMP_WAIT_POLICY"] = "passive"
 
 
-def fail(message: str, code: int = 2) -> NoReturn:
-    print(f"hcvision: error: {message}", file=sys.stderr)
-    sys.exit(code)
-
-
 def check_names(arguments: list[str]) -> None:
     """End with one line and exit code 2 when there is no such command, or no such option of model, data or trainer."""
     if arguments[0] not in COMMANDS:
@@ -122,14 +105,15 @@ def names_of(group: str) -> set[str]:
 
 
 def classes_of(group: str) -> list[ast.ClassDef]:
-    """The classes of a group, as their source has them; none where it cannot be read."""
-    package, _, file = FILES[group].partition("/")
-    spec = importlib.util.find_spec(package)
-    path = Path(spec.origin).parent / file if spec and spec.origin else None
-    if path is None or not path.is_file():
-        return []
-    nodes = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.ClassDef)]
-    return [node for node in nodes if node.name in GROUPS[group]]
+    """The classes of a group, as their source has them, without those whose source cannot be read."""
+    found = []
+    for name in GROUPS[group]:
+        package, _, file = FILES[name].partition("/")
+        folder = find_package(package)
+        if folder is not None and (folder / file).is_file():
+            nodes = ast.parse((folder / file).read_text()).body
+            found += [node for node in nodes if isinstance(node, ast.ClassDef) and node.name == name]
+    return found
 
 
 def arguments_of(node: ast.ClassDef) -> dict[str, tuple[str, str | None, str]]:

@@ -40,10 +40,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hcvision import convert
-from hcvision.benchmark import Step, TensorMemory, compare, interleaved_times, keep_freed_memory, peak_memory
-from hcvision.connections import HyperConnection, StreamConnection, parse_connection
-from hcvision.runs import markdown
-from hcvision.successors import ITERATIONS, GeneralizedConnection, ManifoldConnection
+from hcvision.connections import (
+    ITERATIONS,
+    GeneralizedConnection,
+    HyperConnection,
+    ManifoldConnection,
+    StreamConnection,
+    parse_connection,
+)
+from hcvision.data import markdown
+from hcvision.studies import Step, TensorMemory, compare_step, interleaved_times, keep_freed_memory, peak_memory
 
 try:
     import hyper_connections as peer
@@ -317,7 +323,9 @@ def measure(
 
 def beside(times: dict[Any, list[float]], one: Any, other: Any) -> dict[str, Any]:
     """The ratio of two of the steps that took turns, and its quartiles."""
-    return {key: value for key, value in compare(times[one], times[other], None, None).items() if value is not None}
+    return {
+        key: value for key, value in compare_step(times[one], times[other], None, None).items() if value is not None
+    }
 
 
 def spread(row: dict[str, Any]) -> str:

@@ -61,20 +61,25 @@ from connections import (
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hcvision import build_connection, convert, gpu, kernels
-from hcvision.benchmark import (
+from hcvision import (
+    build_connection,
+    convert,
+)
+from hcvision.connections.kernels import operators as kernels
+from hcvision.connections.kernels import triton as gpu
+from hcvision.data import is_out_of_memory, markdown
+from hcvision.studies import (
     WARM_UP,
     Setup,
     Step,
-    compare,
-    costs,
+    compare_step,
+    describe_step,
     interleaved_times,
     keep_freed_memory,
     name_device,
     peak_memory,
     training_step,
 )
-from hcvision.runs import is_out_of_memory, markdown
 
 NAMES = ("dhc2", "dhc4", "dfc4")
 DTYPES = (torch.bfloat16, torch.float32)
@@ -466,8 +471,8 @@ def measure_group(
     rows = []
     for variant in steps:
         row = {"group": str(group), "variant": variant, "compiled": group.compiled, "batch": group.batch}
-        row |= {"rounds": rounds, **costs(times[variant], peaks.get(variant), group.batch)}
-        row |= compare(times[variant], times["residual"], peaks.get(variant), peaks.get("residual"))
+        row |= {"rounds": rounds, **describe_step(times[variant], peaks.get(variant), group.batch)}
+        row |= compare_step(times[variant], times["residual"], peaks.get(variant), peaks.get("residual"))
         rows.append(row | bars(group, variant))
     return rows, [variant for variant in group.variants if variant not in steps]
 
@@ -584,7 +589,7 @@ def main(argv: list[str] | None = None) -> None:
     report = Report(find_facts(device, sys.argv[1:] if argv is None else argv))
     print("\n".join(f"{key}: {value}" for key, value in report.facts.items()), flush=True)
 
-    missing = gpu.why_not(torch.empty(1, 2, 8, device=device), 1)
+    missing = gpu.find_obstacle(torch.empty(1, 2, 8, device=device), 1)
     if missing:
         print(f"no kernels here: {missing}", flush=True)
         report.skipped.append(f"kernels: {missing}")

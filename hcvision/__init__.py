@@ -3,16 +3,16 @@
 from hcvision.connections import (
     Connection,
     FracConnection,
+    GeneralizedConnection,
     HyperConnection,
+    IdentityConnection,
+    ManifoldConnection,
     Residual,
     build_connection,
     expand_streams,
     reduce_streams,
 )
-from hcvision.convert import convert, create_model, recompute_streams
-from hcvision.dit import NAMES as dit_names
-from hcvision.successors import GeneralizedConnection, IdentityConnection, ManifoldConnection
-from hcvision.vit import NAMES as vit_names
+from hcvision.models import convert, create_model, dit_names, recompute_streams, vit_names
 
 __version__ = "0.1.0"
 __all__ = [

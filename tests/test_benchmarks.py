@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-import hcvision.benchmark
-import hcvision.mixing
-import hcvision.plain
-import hcvision.recomputation
-from hcvision import gpu, kernels, native
-from hcvision.connections import StreamConnection
+from hcvision.connections import eager, recomputation, steps
+from hcvision.connections.kernels import native
+from hcvision.connections.kernels import operators as kernels
+from hcvision.connections.kernels import triton as gpu
+from hcvision.connections.streams import StreamConnection
+from hcvision.studies import measuring
 
 ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT / "benchmarks"))
@@ -55,7 +55,7 @@ def write_too_much(streams, output, *rest):
     return PLAIN["depth_connection"](streams, (1 + 1e-8) * output, *rest)
 
 
-def read_the_transpose(streams, alpha, output, beta):
+def read_the_transpose(streams, alpha, output=None, beta=None):
     return PLAIN["mix"](streams, alpha if alpha.shape[-1] == 1 else alpha.mT, output, beta)
 
 
@@ -63,14 +63,14 @@ def carry_nan(*args):
     return PLAIN["depth_connection"](*args) * float("nan")
 
 
-PLAIN = {"depth_connection": hcvision.mixing.depth_connection, "mix": hcvision.plain.mix}
+PLAIN = {"depth_connection": steps.depth_connection, "mix": eager.mix}
 BREAKS = [("depth_connection", write_too_much), ("mix", read_the_transpose), ("depth_connection", carry_nan)]
 
 
 @pytest.mark.parametrize(("name", "broken"), BREAKS, ids=lambda value: getattr(value, "__name__", ""))
 def test_broken_connection_stops(name, broken, monkeypatch, capsys):
     """A wrong connection ends the script with a message, status 1 and no timing."""
-    monkeypatch.setattr(hcvision.plain if name == "mix" else hcvision.mixing, name, broken)
+    monkeypatch.setattr(eager if name == "mix" else steps, name, broken)
     monkeypatch.setattr(benchmark, "measure", lambda *_: pytest.fail("measured a wrong connection"))
     with pytest.raises(SystemExit, match=r"dhc2 is wrong: .* from the textbook"):
         benchmark.main(["--variants", "textbook-dhc2"])
@@ -94,7 +94,7 @@ def test_broken_native_kernel_stops(monkeypatch):
 
 def test_broken_recomputation_stops(monkeypatch):
     """The form that is measured is the one that is checked."""
-    recipe = hcvision.recomputation.Recipe
+    recipe = recomputation.Recipe
     call = recipe.__call__
     monkeypatch.setattr(recipe, "__call__", lambda self: 1.001 * call(self))
     monkeypatch.setattr(benchmark, "measure", lambda *_: pytest.fail("measured a wrong connection"))
@@ -251,15 +251,15 @@ def test_freed_memory_is_kept(monkeypatch):
     """glibc is told to, and nothing else is asked."""
     called = {}
     library = types.SimpleNamespace(mallopt=called.__setitem__)
-    monkeypatch.setattr(hcvision.benchmark.ctypes, "CDLL", lambda name: library)
-    monkeypatch.setattr(hcvision.benchmark.platform, "system", lambda: "Darwin")
-    hcvision.benchmark.keep_freed_memory()
+    monkeypatch.setattr(measuring.ctypes, "CDLL", lambda name: library)
+    monkeypatch.setattr(measuring.platform, "system", lambda: "Darwin")
+    measuring.keep_freed_memory()
     assert called == {}
-    monkeypatch.setattr(hcvision.benchmark.platform, "system", lambda: "Linux")
-    hcvision.benchmark.keep_freed_memory()
+    monkeypatch.setattr(measuring.platform, "system", lambda: "Linux")
+    measuring.keep_freed_memory()
     assert called == {-4: 0, -1: 2**31 - 1, -2: 2**28}
-    monkeypatch.setattr(hcvision.benchmark.ctypes, "CDLL", lambda name: object())
-    hcvision.benchmark.keep_freed_memory()
+    monkeypatch.setattr(measuring.ctypes, "CDLL", lambda name: object())
+    measuring.keep_freed_memory()
 
 
 # train_step.py: values
@@ -325,13 +325,13 @@ def test_broken_kernel_stops(name, change, what, monkeypatch, capsys):
 
 def test_broken_join_of_a_trunk_stops(monkeypatch):
     """Kernels that are right by themselves are also looked at where blocks use them."""
-    join = hcvision.mixing.join_connections
+    join = steps.join_connections
 
     def swapped(streams, output, alpha, beta, link, rule, options):
         beta = beta.flip(-1) if options[-1] == "triton" else beta
         return join(streams, output, alpha, beta, link, rule, options)
 
-    monkeypatch.setattr(hcvision.mixing, "join_connections", swapped)
+    monkeypatch.setattr(steps, "join_connections", swapped)
     monkeypatch.setattr(train_step, "check_kernels", lambda *_: {})
     with pytest.raises(SystemExit, match="the kernels are wrong: dhc2, a trunk, float32: "):
         train_step.check(("dhc2",), 32, 5, benchmark.Size(32, 2, 1, 3, 1), DEVICE)
@@ -630,7 +630,7 @@ def test_half_a_batch(monkeypatch, capsys):
 @pytest.fixture
 def no_kernels(monkeypatch):
     """A machine on which nothing but PyTorch runs, and a short table."""
-    monkeypatch.setattr(gpu, "why_not", lambda streams, views: "not here")
+    monkeypatch.setattr(gpu, "find_obstacle", lambda streams, views: "not here")
     monkeypatch.setattr(train_step, "NAMES", ("dhc2",))
     monkeypatch.setattr(train_step, "peer", None)
     monkeypatch.setattr(train_step, "keep_freed_memory", lambda: None)

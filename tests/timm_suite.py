@@ -11,7 +11,7 @@ import pytest
 import timm
 from timm.models import _registry
 
-from hcvision.convert import register
+from hcvision.models.names import register
 
 NAMES = os.environ.get("HCVISION_NAMES", "").split()
 REDIRECT = os.environ.get("HCVISION_REDIRECT")

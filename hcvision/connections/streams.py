@@ -1,0 +1,271 @@
+"""Connections that carry streams: their two steps, and static or dynamic weights."""
+
+from typing import Any, Tuple
+
+import torch
+from torch import Tensor, nn
+
+from hcvision.connections import layout, recomputation, reference, steps
+from hcvision.connections.base import Connection
+
+BACKENDS = ("auto", "torch", "triton", "native")
+
+
+class StreamConnection(Connection):
+    """What all connections with streams have in common: the two steps, and their weights alpha and beta.
+
+    Subclasses say where the weights come from (``read``). Mixing is elementwise and in float32 at least, whatever
+    autocast says: the streams are the model's memory, and a matmul in bfloat16 would round them in every sub-layer.
+
+    Between the steps go the carried streams in four parts: the streams that were read (..., S, E), alpha (..., S, V+S),
+    beta (..., S), and a placeholder (..., S, E) for the carried streams in the graph of gradients.
+
+    TorchScript compiles all that it sees, which cannot be kernels or functions of autograd. There a step is its
+    function in ``reference.py``, and else its function in ``steps.py``, which chooses; nothing below knows of it.
+    """
+
+    has_kernels = True  # whether any step has a kernel
+    __jit_unused_properties__ = ["name"]  # noqa: RUF012 - TorchScript
+    parts: Any = {"width": ("alpha",), "depth": ("beta",)}  # what parameters of a part have in their names  # noqa: RUF012
+
+    def __init__(self, dim: int, rate: int, streams: int, views: int, layer_index: int, backend: str):
+        super().__init__(dim, streams, views)
+        self.rate, self.layer_index = rate, layer_index
+        self.stream_dim = dim // views
+        self.recompute = False  # the streams that are read are computed again in backward; see ``recompute_streams``
+        self.records = False  # and those that are written: how they can be goes with them
+        self.backend = "auto"
+        self.choose_backend(backend)
+
+    @property
+    def name(self) -> str:
+        """The name that ``build_connection`` makes such a connection from."""
+        raise NotImplementedError
+
+    @torch.jit.ignore
+    def choose_backend(self, backend: str) -> None:
+        """Run by ``auto``, ``torch``, ``triton`` or ``native``; see ``HyperConnection``.
+
+        Raises:
+            ValueError: there is no such backend, or no kernel for this connection.
+        """
+        if backend not in BACKENDS:
+            raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+        if backend in ("triton", "native") and not self.has_kernels:
+            raise ValueError(f"backend={backend!r} has no kernels for {self.name}; backend='auto' takes PyTorch")
+        self.backend = backend
+
+    def read(self, streams: Tensor) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Streams (..., S, E) -> the branch input (..., V*E), and the carried streams in four parts."""
+        raise NotImplementedError
+
+    def weights(self, x: Tensor) -> Tuple[Tensor, Tensor]:
+        """What the connection does with x, in float32 at least.
+
+        Args:
+            x: the streams, (..., S*E).
+
+        Returns:
+            alpha (..., S, V+S): row i says how much of stream i goes into each of the V views, then
+            into each of the S carried streams. beta (..., S): how much of the branch output each
+            stream takes; of GHC (..., S, V): of each view.
+
+        Raises:
+            ValueError: x is not S*E wide.
+        """
+        _, alpha, beta, _ = self.width_connection(x)[1]
+        return self.whole_alpha(alpha), beta
+
+    @torch.jit.ignore
+    def whole_alpha(self, alpha: Tensor) -> Tensor:
+        """(..., S, V+S) of the alpha that goes from step to step."""
+        return alpha
+
+    def width_connection(self, x: Tensor) -> Tuple[Tensor, Tuple[Tensor, Tensor, Tensor, Tensor]]:
+        """First step: the branch input, and what the second step makes the carried streams of.
+
+        Args:
+            x: the streams, (..., S*E).
+
+        Returns:
+            The branch input, (..., V*E), in the dtype of x, and the carried streams for
+            ``depth_connection``, which forms them; alpha and beta are in float32 at least.
+
+        Raises:
+            ValueError: x is not S*E wide, or the backend's kernels cannot take it.
+        """
+        streams = layout.split_streams(x, self.streams, self.stream_dim)
+        if torch.jit.is_scripting():
+            pass
+        elif self.recompute:
+            with recomputation.keep_recipe(x, streams):
+                view, streams, alpha, beta, placeholder = self.read(streams)
+            return view, (streams, alpha, beta, placeholder)
+        view, streams, alpha, beta, placeholder = self.read(streams)
+        return view, (streams, alpha, beta, placeholder)
+
+    def depth_connection(self, branch_output: Tensor, carried: Tuple[Tensor, Tensor, Tensor, Tensor]) -> Tensor:
+        """Second step: the next streams. The carried streams are formed here, and only here.
+
+        Args:
+            branch_output: (..., V*E).
+            carried: what ``width_connection`` returned beside the branch input.
+
+        Returns:
+            The next streams, (..., S*E), in the dtype of x.
+
+        Raises:
+            ValueError: branch_output is not shaped like the branch input.
+        """
+        return self.write(branch_output, carried, self.records)
+
+    def write(self, branch_output: Tensor, carried: Tuple[Tensor, Tensor, Tensor, Tensor], records: bool) -> Tensor:
+        """``depth_connection``; ``records`` says whether the next streams can be computed again."""
+        streams, alpha, beta, placeholder = carried
+        output = layout.split_output(branch_output, streams, self.views)
+        if torch.jit.is_scripting():
+            return reference.depth_connection(streams, output, alpha, beta)
+        else:
+            step = recomputation.depth_connection if records and torch.is_grad_enabled() else steps.depth_connection
+            return step(streams, output, alpha, beta, placeholder, self.backend)
+
+    def join(
+        self, branch_output: Tensor, carried: Tuple[Tensor, Tensor, Tensor, Tensor]
+    ) -> Tuple[Tensor, Tuple[Tensor, Tensor, Tensor, Tensor]]:
+        """The second step of the sub-layer before, and the first step of this one; some have kernels that do both.
+
+        Args:
+            branch_output: of the sub-layer before, (..., V*E).
+            carried: what its ``width_connection`` returned beside the branch input.
+
+        Returns:
+            What ``width_connection`` returns for the next streams.
+
+        Raises:
+            ValueError: branch_output is not shaped like the branch input.
+        """
+        return self.width_connection(self.write(branch_output, carried, self.recompute))
+
+    def carry(self, x: Tensor, carried: Tuple[Tensor, Tensor, Tensor, Tensor]) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Between the steps, for blocks that scale x in their add: carry these streams, (..., S*E), instead.
+
+        Raises:
+            ValueError: x is not S*E wide.
+        """
+        _, alpha, beta, _ = carried
+        streams = layout.split_streams(x, self.streams, self.stream_dim)
+        if torch.jit.is_scripting():
+            return streams, alpha, beta, streams
+        else:
+            return streams, alpha, beta, steps.carry_streams(streams, alpha, beta, self.views)
+
+
+class MixingConnection(StreamConnection):
+    """The weights of HC, FC and GHC, which differ in S and V, in the norm and in the initial values.
+
+    Static weights are parameters; dynamic ones add to them what each stream says of itself (HC eq.
+    10-14, FC eq. 8-12)::
+
+        alpha = static_alpha + dynamic_alpha_scale * tanh(norm(H) @ dynamic_alpha_fn)
+        beta  = static_beta  + dynamic_beta_scale  * tanh(norm(H) @ dynamic_beta_fn)
+
+    ``static_alpha`` (S, V+S) is the papers' [A_m | A_r], ``static_beta`` (S,) is B,
+    ``dynamic_alpha_fn`` (E, V+S) is [W_m | W_r], ``dynamic_beta_fn`` (E, 1) is W_beta, and the
+    scales (1,) are s_alpha and s_beta.
+    """
+
+    __constants__ = ["center_norm"]  # noqa: RUF012 - TorchScript
+    center_norm = True  # the dynamic weights see LayerNorm (True) or RMSNorm (False) of a stream
+    first_scale = 0.01
+    undecayed = ("static_alpha", "static_beta", "dynamic_alpha_scale", "dynamic_beta_scale", "norm_weight")
+
+    def __init__(
+        self,
+        dim: int,
+        rate: int,
+        views: int,
+        layer_index: int,
+        dynamic: bool,
+        tanh: bool,
+        norm: bool,
+        backend: str,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+        is_general: bool = False,
+    ):
+        super().__init__(dim, rate, rate, views, layer_index, backend)
+        self.dynamic, self.tanh, self.norm = dynamic, tanh, norm
+        mixtures = views + rate
+
+        def parameter(wanted: bool, *shape: int) -> nn.Parameter | None:
+            return nn.Parameter(torch.empty(shape, device=device, dtype=dtype)) if wanted else None
+
+        beta = (rate, views) if is_general else (rate,)
+        self.static_alpha: Any = parameter(True, rate, mixtures)
+        self.static_beta: Any = parameter(True, *beta)
+        self.dynamic_alpha_fn: Any = parameter(dynamic, self.stream_dim, mixtures)
+        self.dynamic_beta_fn: Any = parameter(dynamic, self.stream_dim, views if is_general else 1)
+        self.dynamic_alpha_scale: Any = parameter(dynamic, *((rate, mixtures) if is_general else (1,)))
+        self.dynamic_beta_scale: Any = parameter(dynamic, *(beta if is_general else (1,)))
+        self.norm_weight: Any = parameter(dynamic and norm and not self.center_norm, self.stream_dim)
+
+    def initial_weights(self) -> tuple[Tensor, Tensor]:
+        """``static_alpha`` (S, V+S) and ``static_beta`` at init, float32, on the CPU."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Set every parameter to its initial value."""
+        alpha, beta = self.initial_weights()
+        self.static_alpha.copy_(alpha)
+        self.static_beta.copy_(beta)
+        if self.dynamic:
+            self.dynamic_alpha_fn.zero_()
+            self.dynamic_beta_fn.zero_()
+            self.dynamic_alpha_scale.fill_(self.first_scale)
+            self.dynamic_beta_scale.fill_(self.first_scale)
+        if self.norm_weight is not None:
+            self.norm_weight.fill_(1.0)
+
+    def rule(self) -> reference.Rule:
+        """The parameters, for the functions below."""
+        return (
+            self.static_alpha,
+            self.static_beta,
+            self.dynamic_alpha_fn,
+            self.dynamic_beta_fn,
+            self.dynamic_alpha_scale,
+            self.dynamic_beta_scale,
+            self.norm_weight,
+        )
+
+    def options(self) -> reference.Options:
+        """norm, center, tanh and backend."""
+        return self.norm, self.center_norm, self.tanh, self.backend
+
+    def read(self, streams: Tensor) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Streams (..., S, E) -> the branch input (..., V*E), and the carried streams in four parts."""
+        if torch.jit.is_scripting():
+            return reference.width_connection(streams, self.rule(), self.options())
+        else:
+            return steps.width_connection(streams, self.rule(), self.options())
+
+    def join(
+        self, branch_output: Tensor, carried: Tuple[Tensor, Tensor, Tensor, Tensor]
+    ) -> Tuple[Tensor, Tuple[Tensor, Tensor, Tensor, Tensor]]:
+        """See ``StreamConnection``."""
+        if torch.jit.is_scripting():
+            return self.width_connection(self.write(branch_output, carried, False))
+        else:
+            if self.recompute:
+                return self.width_connection(self.write(branch_output, carried, True))
+            streams, alpha, beta, placeholder = carried
+            output = layout.split_output(branch_output, streams, self.views)
+            parts = (streams, output, alpha, beta, placeholder)
+            joined = steps.join_connections(*parts, self.rule(), self.options())
+            view, streams, alpha, beta, placeholder = joined
+            return view, (streams, alpha, beta, placeholder)
+
+    def extra_repr(self) -> str:
+        options = "".join(f", {name}=False" for name in ("tanh", "norm") if not getattr(self, name))
+        return f"dim={self.dim}, rate={self.rate}, layer_index={self.layer_index}, dynamic={self.dynamic}{options}"

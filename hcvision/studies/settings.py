@@ -1,0 +1,80 @@
+"""Settings of cells, compared and merged, and what they were run with."""
+
+import inspect
+import json
+import platform
+import subprocess
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import timm
+import torch
+import yaml
+
+from hcvision.data import write_whole
+from hcvision.studies.measuring import name_device
+
+
+# Settings
+def defaults(cls: type) -> dict[str, Any]:
+    """The arguments of a class, those that it hands to its bases included, and their defaults."""
+    known: dict[str, Any] = {}
+    for base in reversed(cls.__mro__):
+        if base.__module__.startswith(("hcvision.", "pytorch_lightning.trainer")) and "__init__" in vars(base):
+            for name, parameter in list(inspect.signature(base.__init__).parameters.items())[1:]:  # type: ignore[misc]
+                if parameter.kind is not parameter.VAR_KEYWORD:
+                    known[name] = parameter.default if parameter.default is not parameter.empty else None
+    return known
+
+
+def merge(base: dict[str, Any], changes: dict[str, Any] | None) -> dict[str, Any]:
+    """``base`` with ``changes``, which go into dicts within it."""
+    merged = dict(base)
+    for key, value in (changes or {}).items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = merge(merged[key], value) if both else value
+    return merged
+
+
+def flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The leaves of a tree of dicts, and their places (``model.lr``)."""
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def write_yaml(path: Path, value: dict[str, Any]) -> None:
+    """Write it whole or not at all; tuples as lists."""
+    write_whole(path, yaml.safe_dump(json.loads(json.dumps(value)), sort_keys=False, width=120).encode())
+
+
+def span(values: list[int]) -> str:
+    low, high = min(values), max(values)
+    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
+
+
+def environment(device: str) -> dict[str, Any]:
+    """Where this runs, with which versions, and the git revision of this package (+ where it was changed since)."""
+    versions = {"Python": platform.python_version(), "torch": torch.__version__, "timm": timm.__version__}
+    versions["Lightning"] = pl.__version__
+    return {"device": name_device(device), "versions": versions, "revision": revision(Path(__file__).parent.parent)}
+
+
+@cache  # of the code that this process has read, whatever is there when its last cell ends
+def revision(package: Path) -> str:
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", "-C", str(package), *arguments], capture_output=True, text=True, check=False)
+        return done.stdout.strip()
+
+    try:
+        found = git("log", "-1", "--format=%h", "--", ".")
+        found += "+" if found and git("status", "--porcelain", "--", ".") else ""
+    except OSError:  # no git here
+        found = ""
+    return found or "unknown"
