@@ -6,9 +6,12 @@ Without a GPU the kernels in Triton run in its interpreter (conftest.py sees to 
 import copy
 import json
 import os
+import re
+import shutil
 import statistics
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import timm
@@ -337,12 +340,62 @@ def test_watched(backend, name):
 
     with Watch():
         watched = values(module, x, x)
-    steps = {f"hcvision.{step}{back}" for step in ("width", "depth", "join") for back in ("", "_backward")}
+    steps = {
+        f"hcvision.{step}{back}_{kernels.KEY}" for step in ("width", "depth", "join") for back in ("", "_backward")
+    }
     assert seen >= steps
     for key, value in plain.items():
         assert torch.equal(watched[key], value), key
     with FakeTensorMode() as mode:
         assert Two(name, 12, "auto", FP32)(mode.from_tensor(x.cpu())).shape == x.shape
+
+
+def test_key_of_the_sources(tmp_path):
+    """It changes with what is in a file of Python or C, with its name and its place, and with nothing else."""
+    (tmp_path / "kernels").mkdir()
+    files = [tmp_path / "steps.py", tmp_path / "kernels" / "native.c"]
+    for file in files:
+        file.write_text("a")
+    keys = [kernels.hash_sources(tmp_path)]
+    (tmp_path / "notes.txt").write_text("b")
+    assert kernels.hash_sources(tmp_path) == keys[0]
+    for file in files:
+        file.write_text("b")
+        keys.append(kernels.hash_sources(tmp_path))
+    files[1].rename(tmp_path / "native.c")
+    keys.append(kernels.hash_sources(tmp_path))
+    assert len(set(keys)) == 4
+    assert re.fullmatch(r"[0-9a-f]{8}", kernels.KEY)
+
+
+SECOND_RELEASE = """
+import torch
+from hcvision import build_connection
+torch.manual_seed(0)
+connection = build_connection("dhc2", 8, backend="native")
+x = torch.randn(3, 16, requires_grad=True)
+torch.compile(lambda x: connection(x, torch.tanh).sum())(x).backward()
+print(x.grad.abs().sum().item())
+"""
+
+
+@pytest.mark.slow
+def test_another_release_runs_its_own_backward(tmp_path):
+    """What torch.compile keeps on disk is of one release: with another gradient in the source, that one runs."""
+    shutil.copytree(Path(hcvision.__file__).parent, tmp_path / "hcvision", ignore=shutil.ignore_patterns("__pycache__"))
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+
+    def run():
+        command = [sys.executable, "-c", SECOND_RELEASE]
+        done = subprocess.run(command, env=environment, cwd=tmp_path, check=True, capture_output=True, text=True)
+        return float(done.stdout)
+
+    first = run()
+    source = tmp_path / "hcvision" / "connections" / "kernels" / "operators.py"
+    old = "return grad, None, *_back_to_output(grad, output, beta, ctx.native_code), None"
+    assert old in source.read_text()
+    source.write_text(source.read_text().replace(old, old.replace("return grad", "return 2 * grad")))
+    assert run() > 1.2 * first
 
 
 def test_flops():

@@ -13,9 +13,10 @@ What they keep for backward are the streams and the branch output: the coefficie
 from the streams. Arithmetic and coefficients are float32; streams of any width E, at rates 1 to 8. Sums over tokens
 are taken in a fixed order: the same input gives the same bits, always.
 
-Here they are operators of PyTorch (``torch.ops.hcvision.width``, ``.depth``, ``.join``) with a gradient, so that
-torch.compile, DDP, FSDP, gradient checkpointing and CUDA graphs take them as they take any other. A second derivative
-is that of PyTorch's operations.
+Here they are operators of PyTorch with a gradient, so that torch.compile, DDP, FSDP, gradient checkpointing and CUDA
+graphs take them as they take any other. A second derivative is that of PyTorch's operations. Their names end in a
+key of this chapter's source (``torch.ops.hcvision.width_1a2b3c4d``): what torch.compile keeps on disk from one process
+to the next knows an operator by its name, and would run an older release's backward.
 
 Between the two steps of a connection runs a ``placeholder``, a tensor without memory that stands for the
 carried streams alpha^T @ H: its gradient is theirs, which the backward of the width-connection takes
@@ -25,8 +26,10 @@ Letters in shapes: T tokens, S streams, V views, E stream width, K = V + S + 1 c
 """
 
 import functools
+import hashlib
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Optional, Tuple
 
 import torch
@@ -40,6 +43,17 @@ from hcvision.connections.modes import needs_operations_backward
 
 DTYPES = triton.DTYPES  # that the branch output may have
 MOST_STREAMS = 8
+
+
+def hash_sources(folder: Path) -> str:
+    """Eight hexadecimal digits that change with every file of Python or C in a folder and in those within it."""
+    digest = hashlib.sha256()
+    for path in sorted(path for path in folder.rglob("*") if path.suffix in (".py", ".c")):
+        digest.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:8]
+
+
+KEY = hash_sources(Path(__file__).parents[1])
 
 
 def find_obstacle(streams: Tensor, views: int, kernel: str) -> str | None:
@@ -131,7 +145,7 @@ class Operator:
     def __init__(self, function: Callable, fake: Callable):
         functools.update_wrapper(self, function)
         self.function = function
-        self.operator = torch.library.custom_op(f"hcvision::{function.__name__}", function, mutates_args=())
+        self.operator = torch.library.custom_op(f"hcvision::{function.__name__}_{KEY}", function, mutates_args=())
         self.operator.register_fake(fake)
 
     def register_autograd(self, backward: Callable, setup_context: Callable) -> None:
@@ -439,4 +453,4 @@ _FORMULAS: dict[str, Any] = {
     "join_backward": _join_backward_flops,
 }
 for _name, _formula in _FORMULAS.items():
-    register_flop_formula(getattr(torch.ops.hcvision, _name))(_formula)
+    register_flop_formula(getattr(torch.ops.hcvision, f"{_name}_{KEY}"))(_formula)
