@@ -12,7 +12,7 @@ from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from hcvision.cli.options import OWN, WHOLE_IMAGES
 from hcvision.cli.parsing import TASKS, RunParser, expand_home, find_task
 from hcvision.data import ImageData, check_writable, is_first_process, is_out_of_memory
-from hcvision.studies import ClassReport
+from hcvision.studies import Calibration, ClassReport, RecordScores
 from hcvision.training import best_checkpoint, checkpoint_folder, equip, keep_metrics, last_checkpoint, read_checkpoint
 
 HALF_PRECISIONS = {"16-mixed", "bf16-mixed", "16-true", "bf16-true", "16", "bf16"}
@@ -98,7 +98,9 @@ class CommandLine(LightningCLI):
         if self.subcommand == "test" and self.task == "classify":
             place = Path(self.checkpoint or "").absolute().parent
             run = place.parent if place.name == checkpoint_folder(Path()).name else self.run_folder
-            config["callbacks"].append(ClassReport(run / "test"))
+            folder = run / "test"
+            reports = [Calibration(), ClassReport(folder / self.datamodule.variant), RecordScores(folder)]
+            config["callbacks"] += reports
         try:
             return super().instantiate_trainer(**arguments, **kwargs)
         except RuntimeError as error:  # two callbacks that Lightning cannot tell apart

@@ -346,6 +346,16 @@ class ImageData(Sources):
         images = Images(base, indices, transform, mode_of(input_size[0]))
         return DataLoader(images, self.eval_batch_size, num_workers=self.num_workers, collate_fn=images.collate)
 
+    @property
+    def variant(self) -> str:
+        """What of the data a test looks at, where that is not all of it as it is; may stand in a file's name."""
+        return ""
+
+    def describe(self) -> dict[str, Any]:
+        """What a test looks at, for a table of tests."""
+        split = self.splits["test" if "test" in self.stages else "val"]
+        return {"data": str(self.root), "dataset": self.dataset, "split": split, "variant": self.variant}
+
     def train_dataloader(self) -> DataLoader:
         return self._loader("train")
 

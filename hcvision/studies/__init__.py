@@ -3,10 +3,12 @@
 ``study.py`` and ``generation.py`` train the cells of a study, in ``processes.py`` side by side; ``display.py`` shows
 how far they are, ``statistics.py``, ``figures.py`` and ``reporting.py`` say what came out. ``benchmarking.py`` times
 models beside their residual twins and ``costs.py`` the variants of a study, with what is in ``measuring.py``;
-``evaluation.py`` rates classes, ``scoring.py`` drawn images, and ``insight/`` looks at trained connections.
+``evaluation.py`` rates classes, ``calibration.py`` probabilities, ``records.py`` keeps what tests found, ``scoring.py``
+rates drawn images, and ``insight/`` looks at trained connections.
 """
 
 from hcvision.studies.benchmarking import Setup, benchmark, compare_step, describe_step
+from hcvision.studies.calibration import Calibration
 from hcvision.studies.evaluation import ClassReport
 from hcvision.studies.generation import GenerationStudy
 from hcvision.studies.insight import LogConnections, inspect, unfolded_matrix
@@ -20,6 +22,7 @@ from hcvision.studies.measuring import (
     peak_memory,
     training_step,
 )
+from hcvision.studies.records import RecordScores
 from hcvision.studies.repetition import repeat_cell
 from hcvision.studies.reporting import report
 from hcvision.studies.scoring import (
@@ -40,11 +43,13 @@ from hcvision.studies.study import Study
 __all__ = [
     "FEWEST",
     "WARM_UP",
+    "Calibration",
     "ClassReport",
     "Extractor",
     "GenerationStudy",
     "Inception",
     "LogConnections",
+    "RecordScores",
     "Setup",
     "SmallClassifier",
     "Step",

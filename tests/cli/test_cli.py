@@ -140,6 +140,12 @@ def test_two_processes_give_what_one_gives(hcv, image_folder, tmp_path):
     for a, b in zip(one, two, strict=True):
         assert float(a["val_top1"]) == float(b["val_top1"])
         assert float(a["val_loss"]) == pytest.approx(float(b["val_loss"]), rel=1e-5)
+    lines = []
+    for number in (1, 2):
+        hcv("test", f"--config={tmp_path / 'run1' / 'config.yaml'}", f"--trainer.devices={number}")
+        lines.append(json.loads((tmp_path / "run1" / "test" / "metrics.jsonl").read_text()))
+    assert lines[0]["images"] == lines[1]["images"] == 39
+    assert {**lines[0]} == {name: v if isinstance(v, str) else pytest.approx(v, 1e-4) for name, v in lines[1].items()}
 
 
 def bad_cases(image_folder, tmp_path):
