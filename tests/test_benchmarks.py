@@ -19,7 +19,7 @@ from hcvision.studies import measuring
 
 ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT / "benchmarks"))
-benchmark, train_step = map(importlib.import_module, ("connections", "train_step"))
+benchmark, train_step, pairs = map(importlib.import_module, ("connections", "train_step", "pairs"))
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # kernels run in Triton's interpreter there
 VIT = "vit_base_patch16_224"
@@ -708,3 +708,25 @@ def test_without_a_gpu():
     """One line, and what runs all the same."""
     with pytest.raises(SystemExit, match=r"^no GPU here: --device cpu --small runs"):
         train_step.main([])
+
+
+# pairs.py
+
+
+def test_pairs(tmp_path, capsys):
+    """Differences of 1, 2 and 3 points have a mean of 2 and an interval of 4.302653 / sqrt(3) = 2.484 around it."""
+    rows = ["variant,seed,top1,val_loss"]
+    for seed, points in enumerate((1, 2, 3)):
+        rows += [f"a,{seed},0.5,1.0", f"a-b,{seed},{0.5 + points / 100},{1 - points / 100}"]
+    (tmp_path / "results.csv").write_text("\n".join(rows) + "\n")
+    pairs.main([str(tmp_path)])
+    row = capsys.readouterr().out.splitlines()[2]
+    assert [part.strip() for part in row.split("|")[1:-1]] == [
+        "a-b - a", "3", "+2.00 [-0.48, +4.48]", "-0.0200 [-0.0448, +0.0048]"
+    ]  # fmt: skip
+    pairs.main([str(tmp_path), "a:a-b"])
+    assert "| -2.00 [-4.48, +0.48] " in capsys.readouterr().out
+    for wrong in (["a:c"], ["a"]):
+        with pytest.raises(SystemExit):
+            pairs.main([str(tmp_path), *wrong])
+        assert f"pairs must be ONE:OTHER of a, a-b, got {wrong[0]}" in capsys.readouterr().err

@@ -97,6 +97,10 @@ class ManifoldConnection(StreamConnection):
             [self.bias_pre, self.bias_post, self.bias_res],
         )
 
+    def parameter_dtype(self) -> torch.dtype:
+        """See ``StreamConnection``."""
+        return self.bias_pre.dtype
+
     def read(self, streams: Tensor) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """See ``StreamConnection``."""
         phi, scale, bias = self.rule()

@@ -1,6 +1,6 @@
 """Connections that carry streams: their two steps, and static or dynamic weights."""
 
-from typing import Any, Tuple
+from typing import Any, Optional, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ class StreamConnection(Connection):
     """
 
     has_kernels = True  # whether any step has a kernel
+    stream_dtype: Optional[torch.dtype]  # that streams are stored in, None for that of x; see ``set_stream_dtype``
     __jit_unused_properties__ = ["name"]  # noqa: RUF012 - TorchScript
     parts: Any = {"width": ("alpha",), "depth": ("beta",)}  # what parameters of a part have in their names  # noqa: RUF012
 
@@ -34,6 +35,7 @@ class StreamConnection(Connection):
         self.stream_dim = dim // views
         self.recompute = False  # the streams that are read are computed again in backward; see ``recompute_streams``
         self.records = False  # and those that are written: how they can be goes with them
+        self.stream_dtype = None
         self.backend = "auto"
         self.choose_backend(backend)
 
@@ -58,6 +60,14 @@ class StreamConnection(Connection):
     def read(self, streams: Tensor) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Streams (..., S, E) -> the branch input (..., V*E), and the carried streams in four parts."""
         raise NotImplementedError
+
+    def parameter_dtype(self) -> torch.dtype:
+        """The type of the parameters, which is that of the model."""
+        raise NotImplementedError
+
+    def hand_over(self, view: Tensor) -> Tensor:
+        """The branch input in the type of the model, where streams are stored in another."""
+        return view if self.stream_dtype is None else view.to(self.parameter_dtype())
 
     def weights(self, x: Tensor) -> Tuple[Tensor, Tensor]:
         """What the connection does with x, in float32 at least.
@@ -88,21 +98,23 @@ class StreamConnection(Connection):
             x: the streams, (..., S*E).
 
         Returns:
-            The branch input, (..., V*E), in the dtype of x, and the carried streams for
-            ``depth_connection``, which forms them; alpha and beta are in float32 at least.
+            The branch input, (..., V*E), in the dtype of x, or in that of the model where ``stream_dtype`` is set, and
+            the carried streams for ``depth_connection``, which forms them; alpha and beta are in float32 at least.
 
         Raises:
             ValueError: x is not S*E wide, or the backend's kernels cannot take it.
         """
+        if self.stream_dtype is not None:
+            x = x.to(self.stream_dtype)
         streams = layout.split_streams(x, self.streams, self.stream_dim)
         if torch.jit.is_scripting():
             pass
         elif self.recompute:
             with recomputation.keep_recipe(x, streams):
                 view, streams, alpha, beta, placeholder = self.read(streams)
-            return view, (streams, alpha, beta, placeholder)
+            return self.hand_over(view), (streams, alpha, beta, placeholder)
         view, streams, alpha, beta, placeholder = self.read(streams)
-        return view, (streams, alpha, beta, placeholder)
+        return self.hand_over(view), (streams, alpha, beta, placeholder)
 
     def depth_connection(self, branch_output: Tensor, carried: Tuple[Tensor, Tensor, Tensor, Tensor]) -> Tensor:
         """Second step: the next streams. The carried streams are formed here, and only here.
@@ -239,6 +251,10 @@ class MixingConnection(StreamConnection):
             self.norm_weight,
         )
 
+    def parameter_dtype(self) -> torch.dtype:
+        """See ``StreamConnection``."""
+        return self.static_alpha.dtype
+
     def options(self) -> reference.Options:
         """norm, center, tanh and backend."""
         return self.norm, self.center_norm, self.tanh, self.backend
@@ -264,7 +280,7 @@ class MixingConnection(StreamConnection):
             parts = (streams, output, alpha, beta, placeholder)
             joined = steps.join_connections(*parts, self.rule(), self.options())
             view, streams, alpha, beta, placeholder = joined
-            return view, (streams, alpha, beta, placeholder)
+            return self.hand_over(view), (streams, alpha, beta, placeholder)
 
     def extra_repr(self) -> str:
         options = "".join(f", {name}=False" for name in ("tanh", "norm") if not getattr(self, name))

@@ -9,7 +9,7 @@ puts it all together, and ``names.py`` makes it a name of timm. ``vit.py`` and `
 
 from hcvision.models.blocks import ConnectedBlock
 from hcvision.models.connected import ConnectedModel
-from hcvision.models.conversion import convert, recompute_streams
+from hcvision.models.conversion import convert, recompute_streams, set_stream_dtype
 from hcvision.models.dit import NAMES as dit_names
 from hcvision.models.dit import TRUNK, DiT, read_sizes
 from hcvision.models.families import BLOCKS
@@ -33,6 +33,7 @@ __all__ = [
     "own_class",
     "read_sizes",
     "recompute_streams",
+    "set_stream_dtype",
     "stages",
     "vit_names",
 ]

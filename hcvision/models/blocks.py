@@ -38,6 +38,7 @@ class ConnectedBlock:
 
     entry_rate: int  # copies of x that this block enters as streams, 1 for none
     exit_rate: int  # copies that it leaves, 1 for none
+    restores_dtype: bool  # streams in another type than the model's end here; see ``set_stream_dtype``
     channels_first: bool  # x is (B, C, H, W) outside
 
     if TYPE_CHECKING:
@@ -89,6 +90,8 @@ def compose(mixin: type[ConnectedBlock]) -> Callable:
         carry = f", self.carry{k}" if hasattr(mixin, f"carry{k}") else ""
         calls.append(f"    x = self.connection{k}(x, partial({branch}){carry})")
     leave = [
+        "    if self.restores_dtype:",
+        f"        x = x.to(self.connection{mixin.adds}.parameter_dtype())",
         f"    x = self.connection{mixin.adds}.leave(x, self.exit_rate)",
         "    return x.movedim(3, 1) if self.channels_first else x",
     ]

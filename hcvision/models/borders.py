@@ -59,6 +59,7 @@ def place_borders(model: Any) -> None:
             left_behind = i + 1 == len(column) and family.exit and not own[-1].has_exit
             block.entry_rate = 1 if i > 0 and carried[i - 1] == carried[i] and i not in breaks else rate
             block.exit_rate = 1 if goes_on or left_behind else rate
+            block.restores_dtype = not goes_on and own[-1].stream_dtype is not None
             for connection in own:
                 if connection.has_exit:
                     connection.place_exit(connection is own[-1] and block.exit_rate > 1)
@@ -68,9 +69,9 @@ def place_borders(model: Any) -> None:
                 graft(norm, Exit, stream_dim=model.embed_dim)
 
 
-def count_carried(block: Any) -> tuple[int, ...]:
-    """How many copies of x a block leaves, and of what width, in which streams; (1, 0) without connections."""
+def count_carried(block: Any) -> tuple[Any, ...]:
+    """How many copies of x a block leaves, and of what width and type, in which streams; (1, 0) without connections."""
     if not isinstance(block, ConnectedBlock):
         return 1, 0
     connection = block.connection1  # type: ignore[attr-defined]
-    return connection.copies, connection.dim, connection.streams, connection.views
+    return connection.copies, connection.dim, connection.streams, connection.views, connection.stream_dtype

@@ -38,6 +38,7 @@ from hcvision.studies.scoring import (
     train_classifier,
 )
 from hcvision.studies.settings import merge
+from hcvision.studies.statistics import interval
 from hcvision.studies.study import Study
 
 __all__ = [
@@ -62,6 +63,7 @@ __all__ = [
     "describe_step",
     "inspect",
     "interleaved_times",
+    "interval",
     "keep_freed_memory",
     "look_at_data",
     "look_at_samples",

@@ -15,7 +15,7 @@ from timm.optim import list_optimizers
 from torch import Tensor, nn
 
 from hcvision.data import ImageData, check_name, check_number, has_compiler, refusals
-from hcvision.models import checkpoint_filter_fn, create_model, recompute_streams
+from hcvision.models import checkpoint_filter_fn, create_model, recompute_streams, set_stream_dtype
 from hcvision.training.checkpoints import finish_epoch
 from hcvision.training.connections import choose_backend, connection_parameters, freeze_connections
 from hcvision.training.optimization import SCHEDULES, OptimizedModule
@@ -69,6 +69,9 @@ class TimmModule(OptimizedModule):
         connection_recompute: keep the streams of every so many blocks only, and compute those in between again in
             backward from the branch outputs, which are kept: less memory, hardly more time, with ``compile`` too.
             0 keeps them all.
+        stream_dtype: ``bfloat16`` stores the streams in half of the memory; they are mixed in float32 and rounded once,
+            when they are written. None leaves them in the type in which they enter, in timm's ViTs float32 under
+            autocast too. Checkpoints do not know of it.
         skip_nonfinite: how many updates may be left out because the loss or its gradient is NaN or infinite; one
             more stops the run.
 
@@ -108,6 +111,7 @@ class TimmModule(OptimizedModule):
         grad_checkpointing: bool = False,
         connection_backend: Literal["auto", "torch", "triton", "native"] = "auto",
         connection_recompute: int = 0,
+        stream_dtype: Literal["bfloat16", "float16", "float32"] | None = None,
         skip_nonfinite: int = 0,
     ):
         super().__init__()
@@ -137,7 +141,8 @@ class TimmModule(OptimizedModule):
             raise ValueError(
                 f"connection_recompute={connection_recompute} has no use with grad_checkpointing, which keeps less"
             )
-        self.save_hyperparameters(ignore=["connection_backend", "connection_recompute"])  # the run's own
+        own = ["connection_backend", "connection_recompute", "stream_dtype"]  # the run's
+        self.save_hyperparameters(ignore=own)
         load_pretrained = pretrained and init_from is None
         with refusals(f"{model} does not take these model_args"):
             self.model = create_model(
@@ -162,6 +167,8 @@ class TimmModule(OptimizedModule):
             choose_backend(self.model, connection_backend)
         if connection_recompute:
             recompute_streams(self.model, connection_recompute)
+        if stream_dtype is not None:
+            set_stream_dtype(self.model, stream_dtype)
         if connection_freeze is not None:
             freeze_connections(self.model, connection_freeze)
         self.frozen: list[nn.Parameter] = []

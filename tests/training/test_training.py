@@ -261,6 +261,11 @@ def test_compile_keeps_keys_and_values(build, trainer_args, monkeypatch):
         ({"warmup_steps": 1, "warmup_epochs": 1}, "give warmup_steps or warmup_epochs"),
         ({"connection": "dhc2", "connection_backend": "cuda"}, "unknown connection_backend 'cuda'"),
         ({"connection_recompute": 2}, "recompute=2 needs a model with connections"),
+        ({"stream_dtype": "bfloat16"}, "stream_dtype=bfloat16 needs a model with connections"),
+        (
+            {"connection": "dhc2", "stream_dtype": "int8"},
+            "stream_dtype must be one of bfloat16, float16, float32, got int8",
+        ),
         ({"connection_recompute": 2, "grad_checkpointing": True}, "has no use with grad_checkpointing"),
     ],
 )
@@ -973,7 +978,7 @@ def test_backend_and_recomputation_are_of_the_run(backend, build, fit, tmp_path)
     fit(plain)
     for one, other in zip(model.model.parameters(), plain.model.parameters(), strict=True):
         assert torch.equal(one, other)
-    assert not [name for name in model.hparams if name in ("connection_backend", "connection_recompute")]
+    assert not {"connection_backend", "connection_recompute", "stream_dtype"}.intersection(model.hparams)
     assert "connection_freeze" in model.hparams
 
 
