@@ -71,7 +71,7 @@ TIMM_PYTEST := OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m pytest -q $(S
 test-timm: $(TIMM_TESTS)
 	HCVISION_NAMES='$(NAMES)' $(TIMM_PYTEST) $(TIMM_TESTS)/test_models.py
 	for name in $(REDIRECTS); do \
-	  HCVISION_REDIRECT=$$name HCVISION_LEAST=23 $(TIMM_PYTEST) \
+	  HCVISION_REDIRECT=$$name HCVISION_LEAST=27 $(TIMM_PYTEST) \
 	    $(TIMM_TESTS)/test_model_input.py $(TIMM_TESTS)/test_utils.py $(TIMM_TESTS)/test_checkpoint_loading.py; \
 	done
 

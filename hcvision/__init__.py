@@ -12,7 +12,7 @@ from hcvision.connections import (
     expand_streams,
     reduce_streams,
 )
-from hcvision.models import convert, create_model, dit_names, recompute_streams, set_stream_dtype, vit_names
+from hcvision.models import convert, create_model, dit_names, recompute_streams, register, set_stream_dtype, vit_names
 
 __version__ = "0.1.0"
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "expand_streams",
     "recompute_streams",
     "reduce_streams",
+    "register",
     "set_stream_dtype",
     "vit_names",
 ]

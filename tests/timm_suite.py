@@ -11,7 +11,7 @@ import pytest
 import timm
 from timm.models import _registry
 
-from hcvision.models.names import register
+from hcvision.models.names import register_name
 
 NAMES = os.environ.get("HCVISION_NAMES", "").split()
 REDIRECT = os.environ.get("HCVISION_REDIRECT")
@@ -19,8 +19,6 @@ LEAST = int(os.environ.get("HCVISION_LEAST", "0"))
 
 # Tests of the redirected files that are about something else than the model they build.
 NOT_OURS = {
-    "test_clearing_hf_hub_id_uses_registry_custom_loader": "the .npz weights that timm lists for vit_tiny",
-    "test_native_checkpoint_file_overrides_custom_load_source": "the .npz weights that timm lists for vit_tiny",
     "test_train_pretrained_cfg_overlay": "timm's train.py, which its sdist leaves out",
     "test_naflexvit_factory_remaps_classic_vit_checkpoint": "use_naflex=True: another architecture",
     "test_flexible_model_export_keeps_nominal_grid_and_preprocessing_separate[True]": "use_naflex=True",
@@ -30,7 +28,7 @@ NOT_OURS = {
 }
 
 for name in [*NAMES, *filter(None, [REDIRECT])]:
-    register(*name.rsplit("_", 1))
+    register_name(*name.rsplit("_", 1))
 
 current: list[pytest.Item] = []
 passed = set()  # of the tests that built the model; in the first process, where pytest-xdist collects the reports

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from hcvision.connections import NAMES as CONNECTIONS
 from hcvision.models.blocks import ConnectedBlock
 from hcvision.models.families import BLOCKS, MODELS, Family
-from hcvision.models.names import register
+from hcvision.models.names import register_name
 
 
 class TimestepEmbedder(nn.Module):
@@ -330,5 +330,5 @@ PIXEL = tuple(
     for patch in (2, 4)
 )
 NAMES = tuple(
-    name for base in LATENT + PIXEL for name in (base, *(register(base, connection) for connection in CONNECTIONS))
+    name for base in LATENT + PIXEL for name in (base, *(register_name(base, connection) for connection in CONNECTIONS))
 )
