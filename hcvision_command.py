@@ -45,7 +45,11 @@ FILES = {
 }
 LIGHTNING = ("config", "print_config", "task", "run", "resume", "ckpt_path", "seed_everything")
 LAID_OUT = {  # the commands whose help is read in the source: their own options, and groups with the prefix of each
-    **dict.fromkeys(("fit", "validate", "test"), (LIGHTNING, {g: f"{g}." for g in ("model", "data", "trainer")})),
+    **dict.fromkeys(("fit", "validate"), (LIGHTNING, {g: f"{g}." for g in ("model", "data", "trainer")})),
+    "test": (
+        (*LIGHTNING, "clean", "corruptions", "severities"),
+        {group: f"{group}." for group in ("model", "data", "trainer")},
+    ),
     "compare": (
         ("config", "print_config", "task", "repeat"),
         {"study": "", "model": "model.", "data": "data.", "trainer": "trainer."},

@@ -11,7 +11,7 @@ from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 
 from hcvision.cli.options import OWN, WHOLE_IMAGES
 from hcvision.cli.parsing import TASKS, RunParser, expand_home, find_task
-from hcvision.data import ImageData, check_writable, is_first_process, is_out_of_memory
+from hcvision.data import CORRUPTIONS, ImageData, check_writable, is_first_process, is_out_of_memory
 from hcvision.studies import Calibration, ClassReport, RecordScores
 from hcvision.training import best_checkpoint, checkpoint_folder, equip, keep_metrics, last_checkpoint, read_checkpoint
 
@@ -40,6 +40,14 @@ class CommandLine(LightningCLI):
         if self.task == "classify":
             parser.link_arguments("data.multi_label", "model.multi_label")
         parser.link_arguments("data.num_classes", "model.num_classes", apply_on="instantiate")
+
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        if subcommand == "test":
+            parser.add_argument("--clean", type=str | None, default=None, help=OWN["clean"])
+            parser.add_argument("--corruptions", type=list[str] | None, default=None, help=OWN["corruptions"])
+            parser.add_argument("--severities", type=list[int], default=[1, 2, 3, 4, 5], help=OWN["severities"])
+        return parser
 
     def _parse_ckpt_path(self) -> None:
         """Leave the command line alone: a checkpoint's hyper-parameters are compared with it, not put over it."""
@@ -99,8 +107,9 @@ class CommandLine(LightningCLI):
             place = Path(self.checkpoint or "").absolute().parent
             run = place.parent if place.name == checkpoint_folder(Path()).name else self.run_folder
             folder = run / "test"
-            reports = [Calibration(), ClassReport(folder / self.datamodule.variant), RecordScores(folder)]
-            config["callbacks"] += reports
+            self.classes = ClassReport(folder / self.datamodule.variant)
+            self.records = RecordScores(folder)
+            config["callbacks"] += [Calibration(), self.classes, self.records]
         try:
             return super().instantiate_trainer(**arguments, **kwargs)
         except RuntimeError as error:  # two callbacks that Lightning cannot tell apart
@@ -111,6 +120,7 @@ class CommandLine(LightningCLI):
         if is_first_process() and not self.is_trial:
             for folder in (self.run_folder, checkpoint_folder(self.run_folder)):
                 check_writable(folder, "--run names another folder, and --ckpt_path a checkpoint to go on from")
+        self.datamodule.check_training()
         self.model.check_data(self.datamodule)
         self.model.check_arguments()
         self.datamodule.check_batch_size(self.trainer.world_size)
@@ -128,6 +138,41 @@ class CommandLine(LightningCLI):
                 print(f"weights of {self.model.hparams['init_from']}; {say_untouched(self.model.untouched)}")
                 if self.model.adapted:
                     print(self.model.adapted)
+
+    def before_test(self) -> None:
+        """Open what else is to be tested, before long work."""
+        config, data = self.config[self.subcommand], self.datamodule
+        self.clean, self.corrupted = None, []
+        if self.task != "classify":
+            return
+        if config["clean"] is not None:
+            if data.relative is None:
+                raise ValueError("clean is for a relative of ImageNet, which --data.relative names")
+            some = data.chosen and [data.class_names[number] for number in data.chosen]
+            if some and data.classes is None:
+                some = f"imagenet-{data.relative}"  # the same ones, by their name
+            changes = {"relative": "val", "root": config["clean"], "classes": some}
+            self.clean = ImageData(**config["data"].as_dict() | changes)
+        names = config["corruptions"] or []
+        names = [*CORRUPTIONS] if names == ["all"] else names
+        self.corrupted = [data.corrupted(name, severity) for name in names for severity in config["severities"]]
+        self.records.is_quiet = bool(self.clean or self.corrupted)
+
+    def after_test(self) -> None:
+        """Test what else is to be tested, with the same weights."""
+        more: dict[str, Any] = {"ckpt_path": self.checkpoint, "weights_only": True}
+        if self.clean is not None:
+            self.classes.folder = self.records.folder / self.clean.variant
+            self.records.is_quiet = bool(self.corrupted)
+            self.trainer.test(self.model, self.clean, **more)
+        top1: list[float] = []
+        for number, data in enumerate(self.corrupted, start=1):
+            self.classes.is_on = False
+            self.records.is_quiet = number < len(self.corrupted)
+            (scores,) = self.trainer.test(self.model, data, verbose=False, **more)
+            top1.append(next(scores[name] for name in ("test_top1", "test_map") if name in scores))
+        if top1 and is_first_process():
+            print(f"{100 * sum(top1) / len(top1):.2f} % on average over {len(top1)} corruptions and severities")
 
     def check_length(self) -> None:
         """Raise ValueError when there is nothing to train, or nothing but the warm-up."""

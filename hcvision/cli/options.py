@@ -28,6 +28,9 @@ OWN = {  # options that are no arguments of a class
     "run": "folder of the run (default: runs/NAME)",
     "resume": "go on with the run in that folder; auto: if there is one, else start it (fit only)",
     "ckpt_path": "checkpoint to go on with, or to score: a path, or best or last of the run",
+    "clean": "with --data.relative: ImageNet's folder, whose validation images of the same classes are tested too",
+    "corruptions": "test corrupted images too, by each of these, or all (see --data.corruption)",
+    "severities": "of the corruptions, 1 to 5 (default: all)",
     "seed_everything": "seed of the initial weights and of everything random (default: 0)",
     "repeat": "train one cell again (dhc2/0 for seed 0) and compare it with the results beside the configuration",
 }

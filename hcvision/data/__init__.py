@@ -2,10 +2,13 @@
 
 An image's way: ``folders.py``, ``tables.py``, ``streaming.py``, ``fashion.py`` or ``latents.py`` find it, ``images.py``
 reads it and puts it into a batch, ``loading.py`` says in which order, and ``module.py`` is the data module over them.
+A test may look at some classes (``subsets.py``), ImageNet's relatives (``relatives.py``) or corrupted images
+(``corruptions.py``).
 Everybody uses ``arguments.py`` (numbers in range), ``files.py`` (written whole) and ``machine.py`` (cores, devices).
 """
 
 from hcvision.data.arguments import check_name, check_number, check_numbers, in_one_line, refusals
+from hcvision.data.corruptions import CORRUPTIONS
 from hcvision.data.files import (
     UNREADABLE,
     check_writable,
@@ -29,9 +32,11 @@ from hcvision.data.machine import (
     pick_device,
 )
 from hcvision.data.module import ImageData
+from hcvision.data.relatives import pick_label
 from hcvision.data.sources import TIMM_PREFIXES
 
 __all__ = [
+    "CORRUPTIONS",
     "LATENT_FORMAT",
     "TIMM_PREFIXES",
     "UNREADABLE",
@@ -59,6 +64,7 @@ __all__ = [
     "open_folder",
     "open_image",
     "pick_device",
+    "pick_label",
     "printable",
     "refusals",
     "walk_files",

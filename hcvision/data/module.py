@@ -1,10 +1,11 @@
 """The Lightning data module: folders, tables, torchvision's small sets, timm's dataset strings, and latents."""
 
+import copy
 import re
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pytorch_lightning.overrides.distributed import UnrepeatedDistributedSampler
@@ -13,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
 from hcvision.data.arguments import check_number, check_numbers, check_range
+from hcvision.data.corruptions import Corrupt
 from hcvision.data.folders import split_by_class
 from hcvision.data.images import BadImage, Batch, Images, collate, keep_a_bit, mode_of
 from hcvision.data.latents import Latents
@@ -73,6 +75,14 @@ class ImageData(Sources):
         re_prob: probability of random erasing.
         no_aug: resize and centre crop only, as for evaluation.
         skip_bad_images: leave unreadable images out, with a warning, instead of stopping.
+        classes: evaluate images of these classes only: a list, a file with a name a line, or imagenet-a, imagenet-r.
+        other_logits: with classes, or a relative of some classes: leave_out, the model chooses among these alone; or
+            keep, among all.
+        relative: evaluate a relative of ImageNet in ROOT, as it is distributed: v2, a, r, sketch, real (the validation
+            images with the ReaL labels) or val (with their own).
+        corruption: evaluate corrupted images: gaussian_noise, shot_noise, impulse_noise, defocus_blur, motion_blur,
+            brightness, contrast, jpeg, pixelate.
+        severity: of the corruption, 1 to 5.
         seed: of the order of the training images.
 
     Raises:
@@ -112,6 +122,11 @@ class ImageData(Sources):
         re_prob: float = 0.0,
         no_aug: bool = False,
         skip_bad_images: bool = False,
+        classes: list[str] | str | None = None,
+        other_logits: Literal["leave_out", "keep"] = "leave_out",
+        relative: str | None = None,
+        corruption: str | None = None,
+        severity: int = 3,
         seed: int = 0,
     ):
         super().__init__()
@@ -152,11 +167,19 @@ class ImageData(Sources):
         self.warned: set[str] = set()
         self.train_sampler: DistributedSampler | None = None
 
+        self.classes, self.other_logits, self.relative = classes, other_logits, relative
+        self.chosen: list[int] | None = None
+        self.corruption: str | None = None
+        self.corrupt: Corrupt | None = None
+        self._corrupt(corruption, severity)
+
         self.num_classes: int
         self.is_timm = dataset.startswith(TIMM_PREFIXES)
         if multi_label and dataset != "csv":
             raise ValueError(f"multi_label needs a table of labels (--data.dataset csv), got the dataset {dataset!r}")
-        if dataset == "folder":
+        if relative is not None:
+            self._open_relative()
+        elif dataset == "folder":
             self._scan_folders()
             assert self.class_names is not None
             self.num_classes = len(self.class_names)
@@ -179,6 +202,21 @@ class ImageData(Sources):
             raise ValueError(f"dataset must be one of {known}, got {dataset!r}")
         if num_classes is not None and num_classes != self.num_classes:
             raise ValueError(f"num_classes must be {self.num_classes} for {dataset} in {root}, got {num_classes}")
+        if dataset not in BUILT_IN:  # these have names when they are opened
+            self._choose_classes()
+
+    def _corrupt(self, corruption: str | None, severity: int) -> None:
+        if corruption is not None:
+            if self.dataset == "latents":
+                raise ValueError(f"corruption is for images, not for latents, got {corruption}")
+            self.corrupt, self.corruption = Corrupt(corruption, severity, self.seed), f"{corruption}-{severity}"
+
+    def corrupted(self, corruption: str, severity: int) -> "ImageData":
+        """The same data with a corruption of the images to evaluate; see the arguments of that name."""
+        other = copy.copy(self)
+        other.stages, other.warned = dict(self.stages), set(self.warned)
+        other._corrupt(corruption, severity)
+        return other
 
     def setup(self, stage: str | None = None) -> None:
         if self.dataset in BUILT_IN and not self.stages:
@@ -193,15 +231,24 @@ class ImageData(Sources):
                     "val": (train, held_out),
                     "test": (test, range(len(test))),
                 }
-        if self.stages and self.train_samples is not None:
+            self._choose_classes()
+        if "train" in self.stages and self.train_samples is not None:
             base, indices = self.stages["train"]
             if self.train_samples > len(indices):
                 raise ValueError(f"train_samples must be at most {len(indices)}, got {self.train_samples}")
             order = torch.randperm(len(indices), generator=torch.Generator().manual_seed(self.split_seed))
             self.stages["train"] = (base, [indices[i] for i in order[: self.train_samples].tolist()])
             self.train_samples = None
+        if stage == "fit":
+            self.check_training()
         if self.stages and stage in (None, "fit"):
             self.check_batch_size(self.trainer.world_size if self.trainer else 1)
+
+    def check_training(self) -> None:
+        """Raise ValueError when these are images to evaluate alone."""
+        for name in ("relative", "classes", "corruption"):
+            if getattr(self, name) is not None:
+                raise ValueError(f"{name} is for validate and test, not for training, got {getattr(self, name)!r}")
 
     def check_batch_size(self, processes: int) -> None:
         """Raise ValueError when the training images are known and each process has too few of them for a batch."""
@@ -259,7 +306,10 @@ class ImageData(Sources):
         for evaluation with crop_pct 1, which is all of an image that is as wide and high as the model's.
         """
         if not training or self.augmentation["no_aug"]:
-            return create_transform(**config, is_training=False)
+            plain: Any = create_transform(**config, is_training=False)
+            if self.corrupt is not None and not training:
+                plain.transforms.insert(2, self.corrupt)  # behind resize and centre crop
+            return plain
         transform: Any = create_transform(**config, is_training=True, **self.augmentation)
         keep_a_bit(transform)
         if self.augmentation["scale"] == self.augmentation["ratio"] == (1, 1):
@@ -345,16 +395,6 @@ class ImageData(Sources):
         transform = create_transform(input_size, interpolation="bicubic", crop_pct=1.0, mean=half, std=half)
         images = Images(base, indices, transform, mode_of(input_size[0]))
         return DataLoader(images, self.eval_batch_size, num_workers=self.num_workers, collate_fn=images.collate)
-
-    @property
-    def variant(self) -> str:
-        """What of the data a test looks at, where that is not all of it as it is; may stand in a file's name."""
-        return ""
-
-    def describe(self) -> dict[str, Any]:
-        """What a test looks at, for a table of tests."""
-        split = self.splits["test" if "test" in self.stages else "val"]
-        return {"data": str(self.root), "dataset": self.dataset, "split": split, "variant": self.variant}
 
     def train_dataloader(self) -> DataLoader:
         return self._loader("train")

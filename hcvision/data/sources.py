@@ -1,18 +1,22 @@
 """What the data module opens: folders, tables, torchvision's small sets, timm's dataset strings, and latents."""
 
+import re
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+from torch import Tensor
 from torchvision import datasets as tv_datasets
 
 from hcvision.data.fashion import find_fashion_mnist
 from hcvision.data.folders import open_folder, say_left_out, split_by_class, warn_of_left_out
 from hcvision.data.images import printable
 from hcvision.data.latents import LatentShards
+from hcvision.data.relatives import open_relative
 from hcvision.data.streaming import open_dataset
+from hcvision.data.subsets import find_numbers, keep_classes, leave_out, list_synsets, read_classes, shorten
 from hcvision.data.tables import Row, Table, find_classes, read_table
 
 BUILT_IN = {"fashion_mnist": 10, "cifar10": 10, "cifar100": 100}
@@ -34,6 +38,60 @@ class Sources(pl.LightningDataModule):
     class_names: list[str] | None
     stages: dict[str, tuple[Any, Sequence[int]]]  # the images of a stage, and which of them
     test_problem: str | None  # why the test images cannot be used
+    classes: list[str] | str | None
+    other_logits: str
+    relative: str | None
+    corruption: str | None  # with its severity
+    chosen: list[int] | None  # numbers of the classes that are evaluated, where these are not all
+
+    def _open_relative(self) -> None:
+        assert self.relative is not None
+        if self.dataset != "folder":
+            raise ValueError(
+                f"relative {self.relative} is a folder (--data.dataset folder --data.root ...), got the dataset "
+                f"{self.dataset!r}"
+            )
+        names = list(list_synsets())
+        chosen = None if self.classes is None else find_numbers(self.classes, names)
+        base, indices, wanted = open_relative(self.relative, self.root, chosen)
+        self.stages = {"val": (base, indices)}
+        self.class_names, self.num_classes = names, len(names)
+        self.chosen = wanted if len(wanted) < len(names) else None
+
+    def _choose_classes(self) -> None:
+        """Keep the images to evaluate that are of ``classes``."""
+        if self.classes is None or self.chosen is not None or self.relative is not None:
+            return
+        if self.multi_label or not self.stages or not hasattr(self.stages["val"][0], "targets"):
+            what = "with several labels per image" if self.multi_label else f"in the dataset {self.dataset!r}"
+            raise ValueError(f"classes cannot be chosen {what}; a folder or a table of one label per image would work")
+        names = self.class_names or [str(number) for number in range(self.num_classes)]
+        self.chosen = find_numbers(self.classes, names)
+        for stage in {"val", "test"} & {*self.stages}:
+            base, indices = self.stages[stage]
+            kept = keep_classes(base, indices, self.chosen)
+            if not kept:
+                raise ValueError(f"there are no {stage} images of {shorten([names[n] for n in self.chosen])}")
+            self.stages[stage] = (base, kept)
+
+    def leave_out(self, logits: Tensor) -> Tensor:
+        """Logits (B, K) of images to evaluate, minus infinity for classes that the model may not choose."""
+        return logits if self.chosen is None or self.other_logits == "keep" else leave_out(logits, self.chosen)
+
+    @property
+    def variant(self) -> str:
+        """What of the data a test looks at, where that is not all of it as it is; may stand in a file's name."""
+        chosen = "" if self.classes is None else "chosen"
+        if isinstance(self.classes, str):
+            chosen = re.sub(r"[^\w.-]", "_", Path(self.classes).stem)
+        kept = "all-logits" if self.chosen is not None and self.other_logits == "keep" else ""
+        return "-".join(filter(None, [self.relative, chosen, kept, self.corruption]))
+
+    def describe(self) -> dict[str, Any]:
+        """What a test looks at, for a table of tests; ``classes`` are the names of those that were chosen by a list."""
+        split = self.splits["test" if "test" in self.stages else "val"]
+        about = {"data": str(self.root), "dataset": self.dataset, "split": split, "variant": self.variant}
+        return about | ({} if self.classes is None else {"classes": read_classes(self.classes)})
 
     def _scan_folders(self) -> None:
         if not self.root.is_dir():

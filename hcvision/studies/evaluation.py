@@ -31,6 +31,7 @@ class ClassReport(pl.Callback):
 
     def __init__(self, folder: Path):
         self.folder = folder
+        self.is_on = True
 
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         classes, multi_label = pl_module.hparams["num_classes"], pl_module.hparams["multi_label"]
@@ -49,7 +50,7 @@ class ClassReport(pl.Callback):
         self.count = torch.zeros(classes, device=pl_module.device)
 
     def on_test_batch_end(self, trainer, pl_module, outputs: Any, batch: Any, batch_idx, dataloader_idx=0) -> None:
-        if outputs is None:
+        if outputs is None or not self.is_on:
             return
         logits, targets = outputs
         if pl_module.hparams["multi_label"]:
@@ -59,6 +60,8 @@ class ClassReport(pl.Callback):
             self.metrics.update(logits, targets)
 
     def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not self.is_on:
+            return
         scores = self.metrics.compute()
         count = trainer.strategy.reduce(self.count, reduce_op="sum")
         if not trainer.is_global_zero:
@@ -80,6 +83,11 @@ class ClassReport(pl.Callback):
                 {"class": name, "images": int(count[number])} | {key: value[number] for key, value in values.items()}
                 for number, name in enumerate(names)
             ]
+        chosen = data.chosen
+        if chosen is not None:
+            rows = [rows[number] for number in chosen]
+            if matrix is not None and data.other_logits == "leave_out":
+                matrix, names = matrix[chosen][:, chosen], [names[number] for number in chosen]
         try:
             self.write(about, rows, matrix, names)
             kept = f"the classes are in {self.folder}"

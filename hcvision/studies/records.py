@@ -25,6 +25,7 @@ class RecordScores(pl.Callback):
     def __init__(self, folder: Path):
         self.folder = folder
         self.images = 0
+        self.is_quiet = False  # writes and shows no table
 
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Begin anew."""
@@ -47,6 +48,8 @@ class RecordScores(pl.Callback):
             kept = f"the scores are in {path}"
         except (OSError, ValueError) as error:
             lines, kept = [line], f"the scores cannot be kept in {path}: {getattr(error, 'strerror', None) or error}"
+        if self.is_quiet:
+            return
         own = [other for other in lines if other.get("checkpoint") == line["checkpoint"]]
         print("\n".join(["", *tabulate(own), "", kept]))
 
@@ -93,7 +96,7 @@ def add_line(path: Path, line: dict[str, Any]) -> list[dict[str, Any]]:
         OSError: it cannot be written.
         ValueError: the file is something else.
     """
-    names = ("checkpoint", "weights", "data", "variant")
+    names = ("checkpoint", "weights", "data", "split", "variant", "classes")
     others = [one for one in read_lines(path) if any(one.get(name) != line.get(name) for name in names)]
     lines = [*others, line]
     write_whole(path, "".join(json.dumps(one) + "\n" for one in lines).encode())

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MultilabelAveragePrecision, MultilabelF1Score
 
-from hcvision.data import ImageData, check_number, refusals
+from hcvision.data import ImageData, check_number, pick_label, refusals
 from hcvision.models import DiT
 from hcvision.training.metrics import MacroAccuracy
 from hcvision.training.module import TimmModule
@@ -138,10 +138,18 @@ class ImageClassifier(TimmModule):
     def _evaluate(
         self, batch: tuple[Tensor, Tensor], metrics: MetricCollection, mean_loss: MeanMetric, stage: str
     ) -> tuple[Tensor, Tensor] | None:
+        """Logits (B, K), minus infinity where a class is left out, and targets (B,) or, of several labels, (B, K).
+
+        Where an image has several labels of which any is right, its target is the most probable one.
+        """
         images, targets = batch
         if len(images) == 0:
             return None
         logits = self(images).float()
+        if isinstance(self.data, ImageData):
+            logits = self.data.leave_out(logits)
+        if targets.dim() == 2 and not self.hparams["multi_label"]:
+            targets = pick_label(logits, targets)
         metrics.update(logits.sigmoid() if self.hparams["multi_label"] else logits, targets.long())
         mean_loss.update(self.plain_loss(logits, targets), weight=len(targets))
         self.log_dict(dict(metrics.items()), on_step=False, on_epoch=True, batch_size=len(targets))

@@ -4,6 +4,7 @@ import csv
 import functools
 import itertools
 import json
+import math
 import os
 import re
 import resource
@@ -21,11 +22,14 @@ import timm
 import torch
 import yaml
 from diffusers import AutoencoderKL
+from PIL import Image
 
 import hcvision
 from hcvision.cli import sample as cli
 from hcvision.cli.parsing import wrap_words
 from hcvision.data.module import ImageData
+from hcvision.data.relatives import list_classes
+from hcvision.data.subsets import list_synsets
 from hcvision.diffusion.sampling import read_samples
 from hcvision.training.checkpoints import read_checkpoint
 from hcvision_command import main
@@ -454,6 +458,67 @@ def test_test_reports_classes_of_the_checkpoint_asked_for(image_folder, tmp_path
     check_refused(
         ["test", f"--config={run / 'config.yaml'}", "--ckpt_path=bset"], "there is no checkpoint bset", capsys
     )
+
+
+@pytest.fixture(scope="module")
+def imagenet(tmp_path_factory):
+    """ImageNet in small, an image of each class, and ImageNet-R's folders of it."""
+    root = tmp_path_factory.mktemp("imagenet")
+    for number, name in enumerate(list_synsets()):
+        (root / "val" / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8), (number % 256, number // 4, 99)).save(root / "val" / name / "a.png")
+    (root / "train").symlink_to(root / "val")
+    for number in list_classes("r"):
+        name = list_synsets()[number]
+        shutil.copytree(root / "val" / name, root / "r" / name)
+    return root
+
+
+def test_relatives_beside_clean_images(imagenet, tmp_path, capsys):
+    """A row each, of the same 200 classes, where a model chooses among these; the classes of each in a folder."""
+    run = tmp_path / "run"
+    few = ("--trainer.max_epochs=1", "--trainer.limit_train_batches=1", "--trainer.limit_val_batches=1")
+    main([*fit(imagenet, run), *few, "--data.eval_batch_size=200"])
+    config = f"--config={run / 'config.yaml'}"
+    main(["test", config, "--data.relative=r", f"--data.root={imagenet / 'r'}", f"--clean={imagenet}"])
+    lines = [json.loads(text) for text in (run / "test" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["variant"] for line in lines] == ["r", "val-imagenet-r"]
+    assert [line["images"] for line in lines] == [200, 200]
+    scores = [{name: line[name] for name in ("top1", "top5", "nll", "brier")} for line in lines]
+    assert scores[0] == pytest.approx(scores[1])  # here these are the same images
+    assert scores[0]["nll"] == pytest.approx(math.log(200), rel=0.1)  # hardly trained, it takes each for as likely
+    assert len((run / "test" / "r" / "classes.csv").read_text().splitlines()) == 201
+    assert (run / "test" / "val-imagenet-r" / "classes.csv").is_file()
+    assert "val-imagenet-r" in capsys.readouterr().out
+    check_refused(["test", config, f"--clean={imagenet}"], "clean is for a relative of ImageNet", capsys)
+    other = ["fit", config, f"--run={tmp_path / 'other'}", f"--data.classes={list_synsets()[0]}"]
+    check_refused(other, "classes is for validate and test", capsys)
+    assert not (tmp_path / "other").exists()
+
+
+def test_corrupted_images_beside_others(image_folder, tmp_path, capsys):
+    """A row for each corruption and severity, and their mean; --data.corruption gives the same."""
+    run = tmp_path / "run"
+    main([*fit(image_folder, run)])
+    config = f"--config={run / 'config.yaml'}"
+    main(["test", config, "--corruptions=[contrast, gaussian_noise]", "--severities=[1, 5]"])
+    shown = capsys.readouterr().out
+    lines = [json.loads(text) for text in (run / "test" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["variant"] for line in lines] == [
+        "",
+        "contrast-1",
+        "contrast-5",
+        "gaussian_noise-1",
+        "gaussian_noise-5",
+    ]
+    mean = sum(line["top1"] for line in lines[1:]) / 4
+    assert f"{100 * mean:.2f} % on average over 4 corruptions and severities" in shown
+    assert lines[2]["nll"] != lines[0]["nll"]
+    main(["test", config, "--data.corruption=contrast", "--data.severity=5"])
+    again = [json.loads(text) for text in (run / "test" / "metrics.jsonl").read_text().splitlines()]
+    assert again[-1] == lines[2]
+    assert len(again) == 5
+    check_refused(["test", config, "--corruptions=[fog]"], "unknown corruption 'fog'", capsys)
 
 
 def test_what_init_from_had_nothing_for_is_said(image_folder, tmp_path, capsys):

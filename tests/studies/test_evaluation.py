@@ -12,6 +12,7 @@ from PIL import Image
 from torchmetrics.classification import MulticlassStatScores
 
 from hcvision.data.module import ImageData
+from hcvision.data.relatives import read_real_labels
 from hcvision.studies import evaluation
 from hcvision.studies.evaluation import ClassReport, count_confusions, draw_confusion, lowest, rate_classes
 from hcvision.studies.measuring import TensorMemory
@@ -102,7 +103,8 @@ def test_many_classes(tmp_path, capsys, monkeypatch):
         module = SimpleNamespace(hparams={"num_classes": 3, "multi_label": False}, device="cpu")
         trainer = SimpleNamespace(
             strategy=SimpleNamespace(reduce=lambda count, reduce_op: count),
-            is_global_zero=True, ckpt_path=None, datamodule=SimpleNamespace(class_names=NAMES, root="data"),
+            is_global_zero=True, ckpt_path=None,
+            datamodule=SimpleNamespace(class_names=NAMES, root="data", chosen=None),
         )  # fmt: skip
         callback = ClassReport(tmp_path / str(most))
         callback.on_test_start(trainer, module)
@@ -147,3 +149,58 @@ def test_macro():
     right, *_, images = MulticlassStatScores(5, average=None)(logits, targets).double().unbind(-1)
     assert whole.compute() == (right / images)[images > 0].mean().float()
     assert MacroAccuracy(5)(logits, targets) == whole.compute()
+
+
+def logits_of(model, loader):
+    with torch.no_grad():
+        batches = [(model.eval()(batch.images), batch.targets) for batch in loader]
+    return (torch.cat(part) for part in zip(*batches, strict=True))
+
+
+@pytest.mark.parametrize("other_logits", ["leave_out", "keep"])
+def test_some_classes(image_folder, tmp_path, trainer_args, tiny, other_logits):
+    """Only their images count; the model chooses among them, or among all. The report has them alone."""
+    model = ImageClassifier("vit_tiny_patch16_224", num_classes=3, model_args=tiny)
+    weight = torch.tensor([[1.0, 0, 0], [0.2, 0.9, 0.3], [0, 0, 1]])
+    model.model.forward = lambda images: -4 * images.mean((2, 3)) @ weight.T + 3 * images[..., 2, 5]
+    data = ImageData(
+        root=str(image_folder), batch_size=8, num_workers=0, classes=["left-out", "zebra"], other_logits=other_logits
+    )
+    trainer = pl.Trainer(**trainer_args, callbacks=[ClassReport(tmp_path)])
+    (scores,) = trainer.test(model, data)
+    logits, targets = logits_of(model, data.test_dataloader())
+    assert torch.equal(targets, torch.tensor([0] * 13 + [2] * 13))
+    if other_logits == "leave_out":
+        logits, targets = logits[:, [0, 2]], targets // 2
+    assert 0 < scores["test_top1"] < 1
+    assert scores["test_top1"] == pytest.approx((logits.argmax(1) == targets).float().mean().item())
+    assert scores["test_loss"] == pytest.approx(torch.nn.functional.cross_entropy(logits, targets).item(), rel=1e-5)
+    assert [(row["class"], row["images"]) for row in read(tmp_path / "classes.csv")] == [
+        ("left-out", "13"),
+        ("zebra", "13"),
+    ]
+    assert len(read(tmp_path / "confusion.csv")) == (2 if other_logits == "leave_out" else 3)
+
+
+def test_several_right_labels(tmp_path, trainer_args, tiny):
+    """As ReaL has them: an image is right in the first five if any of its labels is; those without any do not count."""
+    real = read_real_labels()
+    for number in range(16):
+        Image.new("RGB", (8, 8), (16 * number, 80, 255 - 16 * number)).save(tmp_path / f"{number}.png")
+        (tmp_path / f"{number}.png").rename(tmp_path / f"ILSVRC2012_val_{number + 1:08}.JPEG")
+    with pytest.warns(UserWarning, match="16 of ImageNet's"):
+        data = ImageData(root=str(tmp_path), relative="real", num_workers=0, batch_size=5)
+    model = ImageClassifier("vit_tiny_patch16_224", num_classes=1000, model_args=tiny)
+    wanted = [own[-1] for own in real[:16] if own]
+    shift = torch.zeros(1000).index_fill(0, torch.tensor(wanted[:6]), 3.0)  # so that some of the images are right
+    noise = torch.randn(3, 1000)
+    model.model.forward = lambda images: images.mean((2, 3)) @ noise + shift
+    logits, is_label = logits_of(model, data.val_dataloader())
+    scored = [own for own in real[:16] if own]
+    assert len(logits) == len(scored) < 16
+    assert all(mask.nonzero().flatten().tolist() == sorted(own) for mask, own in zip(is_label, scored, strict=True))
+    (scores,) = pl.Trainer(**trainer_args).test(model, data)
+    for k in (1, 5):
+        right = [bool({*own} & {*top}) for own, top in zip(scored, logits.topk(k).indices.tolist(), strict=True)]
+        assert scores[f"test_top{k}"] == pytest.approx(sum(right) / len(right))
+    assert scores["test_top5"] > 0
