@@ -74,14 +74,6 @@ def poison(monkeypatch):
         monkeypatch.setattr(torch, name, poisoned)
 
 
-@pytest.fixture
-def large_tiles(monkeypatch):
-    """An interpreted tile takes as long as a larger one."""
-    sizes = gpu.tile_sizes
-    if DEVICE == "cpu":
-        monkeypatch.setattr(gpu, "tile_sizes", lambda *numbers: {**sizes(*numbers), "BT": 16})
-
-
 class Two(nn.Module):
     """Two sub-layers as a block writes them: width-connection, branch, join, branch, depth-connection."""
 
@@ -159,14 +151,14 @@ def check(backend, name, dim, shape, dtype, joined=True, layout=lambda x: x, siz
     ("name", "dim", "shape", "dtype", "options"),
     [
         ("dhc2", 64, (2, 3), FP32, {}),  # tokens that do not fill the last tile
-        ("dhc4", 300, (3,), FP32, {}),  # three chunks of columns, the last one with 44 of 128
-        ("dhc4", 300, (2, 4), BF16, {}),  # two chunks
+        ("dhc4", 43, (3,), FP32, {}),  # three chunks of columns, the last one with 11 of 16
+        ("dhc4", 60, (2, 4), BF16, {}),  # two chunks
         ("dhc3", 33, (3,), FP16, {}),  # a rate and a width that are odd
-        ("dhc1", 40, (9,), FP32, {}),  # three tiles of tokens, for two programs
+        ("dhc1", 40, (70,), FP32, {}),  # three tiles of tokens, for two programs
         ("dhc8", 16, (3,), FP32, {}),
         ("dfc2", 66, (5,), BF16, {}),
         ("dfc4", 132, (2, 3), FP32, {}),  # 33 columns
-        ("dfc3", 15, (9,), FP16, {}),
+        ("dfc3", 15, (70,), FP16, {}),
         ("shc4", 70, (3,), FP32, {}),
         ("shc3", 33, (2, 3), BF16, {}),
         ("sfc4", 20, (3,), BF16, {}),
@@ -204,7 +196,7 @@ def test_layouts(backend, layout):
 def test_join(backend, name, dtype):
     """Joined and one by one the kernels give the same bits; and again the same when they run again."""
     dtype = supported(backend, dtype)
-    x = torch.randn(9, 33 * (parse_connection(name)[1] if "hc" in name else 1), device=DEVICES[backend]).to(dtype)
+    x = torch.randn(70, 33 * (parse_connection(name)[1] if "hc" in name else 1), device=DEVICES[backend]).to(dtype)
     runs = [values(Two(name, 33, backend, dtype, joined).to(DEVICES[backend]), x, x) for joined in (True, False, True)]
     for key, value in runs[0].items():
         assert torch.equal(value, runs[1][key]), key
@@ -467,7 +459,6 @@ def test_checkpoint(backend, reentrant):
         assert torch.equal(parameter.grad.double(), plain[key]), key
 
 
-@pytest.mark.usefixtures("large_tiles")
 def test_training(backend, tiny):
     """Twenty steps of a ViT: the loss is that of the PyTorch form, all the way."""
 
@@ -583,7 +574,6 @@ def test_without_triton(monkeypatch):
 # second derivatives
 
 
-@pytest.mark.usefixtures("large_tiles")
 @pytest.mark.parametrize("joined", [True, False])
 @pytest.mark.parametrize("name", ["dhc2", "dfc3", "shc3"])
 def test_second_derivatives(backend, name, joined):
@@ -795,9 +785,14 @@ import json, os, re, subprocess, sys, tempfile
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from hcvision import gpu
+from hcvision.connections.kernels import triton as gpu
+
+class Driver:  # of a GPU that is not there: kernels ask what it can
+    def get_current_target(self):
+        return GPUTarget("cuda", arch, 32)
 
 found = []
+triton.runtime.driver.set_active(Driver())
 for kernel, S, V, E, dtype, arch in json.loads(sys.argv[1]):
     kernel = getattr(gpu, kernel)
     constants = {"S": S, "V": V, "E": E, "DEPTH": True, "WIDTH": True, "DYNAMIC": True, "NORM": True,

@@ -2,16 +2,19 @@
 
 Two kernels do everything. ``_forward_kernel`` is the depth-connection of a sub-layer, the width-connection of the
 next one, or both joined; ``_backward_kernel`` goes back through the same. Streams are float32, bfloat16 or float16.
-Sums over tokens go through a buffer per program and are added up in a fixed order. ``TRITON_INTERPRET=1`` in the
-environment runs the kernels on a CPU, slowly, for tests. Letters in shapes are those of ``operators.py``.
+Sums over tokens are taken in a fixed order: a program adds those of its tiles to a buffer of its own, one after the
+other, and ``_sums_kernel`` adds up the buffers. What a kernel does with a tile of tokens is in ``triton_tiles.py``.
+``TRITON_INTERPRET=1`` in the environment runs the kernels on a CPU, slowly, for tests. Letters in shapes are those of
+``operators.py``; ``benchmarks/kernel_code.py`` counts what the kernels compile to.
 """
 
 import contextlib
-import os
 from typing import Any, Optional
 
 import torch
 from torch import Tensor
+
+from hcvision.connections.kernels.triton_tiles import INTERPRETED
 
 try:
     import triton
@@ -19,9 +22,29 @@ try:
 except ImportError:  # a build of PyTorch without it
     triton = None
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+if triton is not None:
+    from hcvision.connections.kernels.triton_tiles import (
+        add_matmul,
+        add_product,
+        add_to_column,
+        all_float32,
+        apart,
+        cast,
+        inverse_deviation,
+        load_numbers,
+        load_row,
+        load_vectors,
+        make_zeros,
+        project,
+        split_terms,
+        store_numbers,
+        tanh,
+        to_coefficients,
+        to_float32,
+    )
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-LANES = 32
+LANES = 4
 
 
 def find_obstacle(streams: Tensor, views: int) -> str | None:
@@ -38,114 +61,6 @@ def find_obstacle(streams: Tensor, views: int) -> str | None:
 if triton is not None:
 
     @triton.jit
-    def _lane_sums(x, BT: tl.constexpr, BC: tl.constexpr, LANES: tl.constexpr):
-        """(BT, BC) -> (BT, LANES): what each lane adds up by itself; the lanes are added up once, at the end."""
-        return tl.sum(tl.reshape(x, [BT, LANES, BC // LANES]), axis=2)
-
-    if INTERPRETED:
-
-        @triton.jit
-        def _cast(x, dtype: tl.constexpr):
-            """float32 to a stream's type. Triton's interpreter cuts bfloat16 off, where a GPU rounds to even."""
-            if dtype == tl.bfloat16:
-                bits = x.to(tl.int32, bitcast=True)
-                x = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000).to(tl.float32, bitcast=True)
-            return x.to(dtype)
-
-    else:
-
-        @triton.jit
-        def _cast(x, dtype: tl.constexpr):
-            """float32 to a stream's type."""
-            return x.to(dtype)
-
-    @triton.jit
-    def _tanh(x):
-        """In float32: a series near 0, where the other form would cancel."""
-        square = x * x
-        near = x * (1 + square * (-1 / 3 + square * (2 / 15 + square * (-17 / 315 + square * (62 / 2835)))))
-        e = tl.exp(-2 * tl.abs(x))
-        far = (1 - e) / (1 + e)
-        return tl.where(square < 0.04, near, tl.where(x < 0, -far, far))
-
-    @triton.jit
-    def _tanh_slope(x):
-        """1 - tanh(x)^2, which would cancel where tanh is near 1."""
-        e = tl.exp(-2 * tl.abs(x))
-        return 4 * e / ((1 + e) * (1 + e))
-
-    @triton.jit
-    def _zeros(NUMBER: tl.constexpr, BT: tl.constexpr, LANES: tl.constexpr):
-        sums = ()
-        for _ in tl.static_range(NUMBER):
-            sums = sums + (tl.zeros([BT, LANES], tl.float32),)
-        return sums
-
-    @triton.jit
-    def _load_rows(base, offsets, mask, NUMBER: tl.constexpr, E: tl.constexpr):
-        """NUMBER vectors (BT, BC) that lie E apart, as float32."""
-        rows = ()
-        for i in tl.static_range(NUMBER):
-            rows = rows + (tl.load(base + offsets + i * E, mask=mask, other=0.0).to(tl.float32),)
-        return rows
-
-    @triton.jit
-    def _load_row(base, e, E: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr):
-        """One vector for all tokens, (BT, BC): each warp loads it for itself, so that none waits for another."""
-        at = tl.broadcast_to(e[None, :], [BT, BC])
-        return tl.load(base + at, mask=at < E, other=0.0)
-
-    @triton.jit
-    def _load_numbers(base, first, mask, NUMBER: tl.constexpr):
-        """NUMBER neighbouring numbers of each token, (BT,) each."""
-        numbers = ()
-        for i in tl.static_range(NUMBER):
-            numbers = numbers + (tl.load(base + first + i, mask=mask, other=0.0),)
-        return numbers
-
-    @triton.jit
-    def _project(
-        projected, square, total, h, rows, e,
-        S: tl.constexpr, K: tl.constexpr, E: tl.constexpr, NORM: tl.constexpr, CENTER: tl.constexpr,
-        BT: tl.constexpr, BC: tl.constexpr, LANES: tl.constexpr,
-    ):  # fmt: skip
-        """What the columns e of the streams h add to projections (K, S), squares (S,) and sums (S,), lane by lane."""
-        projections = ()
-        for k in tl.static_range(K):
-            row = _load_row(rows + k * E, e, E, BT, BC)
-            for i in tl.static_range(S):
-                projections = projections + (projected[k * S + i] + _lane_sums(h[i] * row, BT, BC, LANES),)
-        if NORM:
-            squares = ()
-            for i in tl.static_range(S):
-                squares = squares + (square[i] + _lane_sums(h[i] * h[i], BT, BC, LANES),)
-            square = squares
-            if CENTER:
-                totals = ()
-                for i in tl.static_range(S):
-                    totals = totals + (total[i] + _lane_sums(h[i], BT, BC, LANES),)
-                total = totals
-        return projections, square, total
-
-    @triton.jit
-    def _put(tile, number, place: tl.constexpr, W: tl.constexpr):
-        """Number (BT,) into a column of a tile (BT, W), which is stored whole: single stores would leave the warp."""
-        return tl.where((tl.arange(0, W) == place)[None, :], number[:, None], tile)
-
-    @triton.jit
-    def _store_tile(base, tile, t, there, NUMBER: tl.constexpr, W: tl.constexpr):
-        """The first NUMBER columns of a tile (BT, W), token by token."""
-        column = tl.arange(0, W)[None, :]
-        tl.store(base + t[:, None] * NUMBER + column, tile, mask=there[:, None] & (column < NUMBER))
-
-    @triton.jit
-    def _inverse_deviation(square, total, E: tl.constexpr, CENTER: tl.constexpr):
-        variance = square / E
-        if CENTER:
-            variance = tl.maximum(variance - (total / E) * (total / E), 0.0)
-        return tl.rsqrt(variance + 1e-6)
-
-    @triton.jit
     def _forward_kernel(
         streams, output, alpha, beta, static, rows, scale,  # read
         following, views, new_alpha, new_beta,  # written
@@ -153,129 +68,143 @@ if triton is not None:
         S: tl.constexpr, V: tl.constexpr, E: tl.constexpr,
         DEPTH: tl.constexpr, WIDTH: tl.constexpr, DYNAMIC: tl.constexpr,
         NORM: tl.constexpr, CENTER: tl.constexpr, TANH: tl.constexpr,
-        BT: tl.constexpr, BC: tl.constexpr, LANES: tl.constexpr, W: tl.constexpr,
+        BT: tl.constexpr, BC: tl.constexpr, LANES: tl.constexpr, SP: tl.constexpr, WP: tl.constexpr,
     ):  # fmt: skip
         """DEPTH: following = beta * output + alpha_r^T streams. WIDTH: views and coefficients of what is there then."""
         K: tl.constexpr = V + S + 1
         t = (tl.program_id(0) * BT + tl.arange(0, BT)).to(tl.int64)
         there = t < T
-        if DEPTH:
-            old_alpha = _load_numbers(alpha, t * (S * (V + S)), there, S * (V + S))
-            old_beta = _load_numbers(beta, t * S, there, S)
-        projected = _zeros(S * K, BT, LANES)
-        square = _zeros(S, BT, LANES)
-        total = _zeros(S, BT, LANES)
+        projected = make_zeros(S * K, BT, LANES)
+        square = make_zeros(S, BT, LANES)
+        total = make_zeros(S, BT, LANES)
         for start in range(0, E, BC):
             e = start + tl.arange(0, BC)
             mask = there[:, None] & (e < E)[None, :]
             at = t[:, None] * (S * E) + e[None, :]
-            h = _load_rows(streams, at, mask, S, E)
+            h = all_float32(load_vectors(streams, at, mask, S, E), S)
             if DEPTH:
-                out = _load_rows(output, t[:, None] * (V * E) + e[None, :], mask, V, E)
+                out = load_vectors(output, t[:, None] * (V * E) + e[None, :], mask, V, E)
+                out = all_float32(out, V)
                 mixed = ()
                 for j in tl.static_range(S):
-                    new = old_beta[j][:, None] * out[j % V]
+                    (old_beta,) = load_numbers(beta, t * S + j, there, 1)  # again, which costs less than keeping it
+                    new = old_beta[:, None] * out[j % V]
                     for i in tl.static_range(S):
-                        new += old_alpha[i * (V + S) + V + j][:, None] * h[i]
-                    new = _cast(new, following.dtype.element_ty)
+                        (old_alpha,) = load_numbers(alpha, t * (S * (V + S)) + i * (V + S) + V + j, there, 1)
+                        new += old_alpha[:, None] * h[i]
+                    new = cast(new, following.dtype.element_ty)
                     tl.store(following + at + j * E, new, mask=mask)
-                    mixed = mixed + (new.to(tl.float32),)
+                    mixed = mixed + (to_float32(new),)
                 h = mixed
             if WIDTH and DYNAMIC:
-                projected, square, total = _project(
-                    projected, square, total, h, rows, e, S, K, E, NORM, CENTER, BT, BC, LANES
+                columns = apart(h, S, BT, BC, LANES)
+                projected, square, total = project(
+                    projected, square, total, columns, rows, e, S, K, E, NORM, CENTER, BT, BC, LANES
                 )
         if WIDTH:
-            read = ()
-            alphas = tl.zeros([BT, W], tl.float32)
-            betas = tl.zeros([BT, LANES], tl.float32)
-            for i in tl.static_range(S):
-                if DYNAMIC and NORM:
-                    rstd = _inverse_deviation(tl.sum(square[i], axis=1), tl.sum(total[i], axis=1), E, CENTER)
-                for k in tl.static_range(K):
-                    number = tl.zeros([BT], tl.float32) + tl.load(static + i * K + k)
-                    if DYNAMIC:
-                        dynamic = tl.sum(projected[k * S + i], axis=1)
+            if DYNAMIC:
+                to_alpha = ()
+                to_beta = ()
+                for i in tl.static_range(S):
+                    if NORM:
+                        rstd = inverse_deviation(tl.sum(square[i], axis=1), tl.sum(total[i], axis=1), E, CENTER)
+                    for k in tl.static_range(K):
+                        number = tl.sum(projected[k * S + i], axis=1)
                         if NORM:
-                            dynamic = dynamic * rstd
-                        if TANH:
-                            dynamic = _tanh(dynamic)
-                        number += tl.load(scale + k) * dynamic
-                    if k < V:
-                        read = read + (number,)
-                    if k < V + S:
-                        alphas = _put(alphas, number, i * (V + S) + k, W)
-                    else:
-                        betas = _put(betas, number, i, LANES)
-            _store_tile(new_alpha, alphas, t, there, S * (V + S), W)
-            _store_tile(new_beta, betas, t, there, S, LANES)
-            if DEPTH:
+                            number = number * rstd
+                        if k < V + S:
+                            to_alpha = to_alpha + (number,)
+                        else:
+                            to_beta = to_beta + (number,)
+                store_numbers(new_alpha, to_alpha, t, there, S * (V + S), WP)
+                store_numbers(new_beta, to_beta, t, there, S, SP)
                 tl.debug_barrier()
+            to_coefficients(new_alpha, t, there, static, scale, S, V + S, 0, K, WP, DYNAMIC, TANH)
+            to_coefficients(new_beta, t, there, static, scale, S, 1, V + S, K, SP, DYNAMIC, TANH)
+            tl.debug_barrier()
+            read = ()  # (S, V), from memory, where each lane of a token finds them
+            for i in tl.static_range(S):
+                read = read + load_numbers(new_alpha, t * (S * (V + S)) + i * (V + S), there, V)
             for start in range(0, E, BC):
                 e = start + tl.arange(0, BC)
                 mask = there[:, None] & (e < E)[None, :]
-                h = _load_rows(following if DEPTH else streams, t[:, None] * (S * E) + e[None, :], mask, S, E)
+                at = t[:, None] * (S * E) + e[None, :]
+                h = all_float32(load_vectors(following if DEPTH else streams, at, mask, S, E), S)
                 for v in tl.static_range(V):
                     view = read[v][:, None] * h[0]
                     for i in tl.static_range(1, S):
                         view += read[i * V + v][:, None] * h[i]
                     at = t[:, None] * (V * E) + v * E + e[None, :]
-                    tl.store(views + at, _cast(view, views.dtype.element_ty), mask=mask)
+                    tl.store(views + at, cast(view, views.dtype.element_ty), mask=mask)
 
     @triton.jit
     def _backward_kernel(
         streams, grad_views, grad_carried, grad_alpha, grad_beta, static, rows, scale, output, old_beta,  # read
-        grad_streams, grad_coefficients, dynamics, grad_rows, grad_output, grad_old_beta,  # written
+        grad_streams, sums, grad_output, grad_old_beta,  # written
         T, tiles,
         S: tl.constexpr, V: tl.constexpr, E: tl.constexpr,
         DEPTH: tl.constexpr, WIDTH: tl.constexpr, DYNAMIC: tl.constexpr,
         NORM: tl.constexpr, CENTER: tl.constexpr, TANH: tl.constexpr, HAS_GRAD_ALPHA: tl.constexpr,
-        BT: tl.constexpr, BC: tl.constexpr, LANES: tl.constexpr, W: tl.constexpr,
+        BT: tl.constexpr, BC: tl.constexpr, LANES: tl.constexpr, SP: tl.constexpr, KP: tl.constexpr, CP: tl.constexpr,
     ):  # fmt: skip
         """WIDTH: to the streams, from views, carried streams and coefficients. DEPTH: on to output and beta before it.
 
-        Without WIDTH, ``grad_carried`` is the gradient of the streams behind the depth-connection.
+        Without WIDTH, ``grad_carried`` is the gradient of the streams behind the depth-connection. ``sums`` has what a
+        program's tokens add to the gradients of rows (K, E), static (S, K) and scale (K,), one after the other. They
+        are added by atomics, which wait for nothing: no other program adds to them, and in this one always the same
+        lane, so that their order is that of the tiles.
         """
         K: tl.constexpr = V + S + 1
+        H_TERMS: tl.constexpr = 1 if streams.dtype.element_ty == tl.bfloat16 else 3
+        BACK_TERMS: tl.constexpr = 2 if streams.dtype.element_ty == tl.bfloat16 else 3
         program = tl.program_id(0)
+        sums += program.to(tl.int64) * (K * E + S * K + K)
+        if WIDTH:
+            first: tl.constexpr = 0 if DYNAMIC else K * E
+            for start in range(first, K * E + S * K + K, 1024):
+                place = start + tl.arange(0, 1024)
+                tl.store(sums + place, tl.zeros([1024], tl.float32), mask=place < K * E + S * K + K)
+            tl.debug_barrier()
         for tile in range(program, tiles, tl.num_programs(0)):
             t = (tile * BT + tl.arange(0, BT)).to(tl.int64)
             there = t < T
             if WIDTH:
-                projected = _zeros(S * K, BT, LANES)
-                square = _zeros(S, BT, LANES)
-                total = _zeros(S, BT, LANES)
-                through = _zeros(S * (V + S), BT, LANES)
+                projected = make_zeros(S * K, BT, LANES)
+                square = make_zeros(S, BT, LANES)
+                total = make_zeros(S, BT, LANES)
+                through = make_zeros(S * (V + S), BT, LANES)
                 for start in range(0, E, BC):
                     e = start + tl.arange(0, BC)
                     mask = there[:, None] & (e < E)[None, :]
                     at = t[:, None] * (S * E) + e[None, :]
-                    h = _load_rows(streams, at, mask, S, E)
-                    g = _load_rows(grad_views, t[:, None] * (V * E) + e[None, :], mask, V, E)
-                    g = g + _load_rows(grad_carried, at, mask, S, E)
-                    sums = ()
+                    h = all_float32(load_vectors(streams, at, mask, S, E), S)
+                    h = apart(h, S, BT, BC, LANES)
+                    g = load_vectors(grad_views, t[:, None] * (V * E) + e[None, :], mask, V, E)
+                    g = g + load_vectors(grad_carried, at, mask, S, E)
+                    g = apart(all_float32(g, V + S), V + S, BT, BC, LANES)
+                    more = ()
                     for i in tl.static_range(S):
                         for k in tl.static_range(V + S):
-                            sums = sums + (through[i * (V + S) + k] + _lane_sums(h[i] * g[k], BT, BC, LANES),)
-                    through = sums
+                            more = more + (add_product(through[i * (V + S) + k], h[i], g[k], BC // LANES),)
+                    through = more
                     if DYNAMIC:
-                        projected, square, total = _project(
+                        projected, square, total = project(
                             projected, square, total, h, rows, e, S, K, E, NORM, CENTER, BT, BC, LANES
                         )
-                grads = tl.zeros([BT, W], tl.float32)
-                dynamic_parts = tl.zeros([BT, W], tl.float32)
+                to_sums = tl.zeros([BT, CP], tl.float32)  # of the gradients of static and scale, (S, K) and (K,)
                 coefficients = ()  # alpha, (S, V + S)
                 back = ()  # what goes back through the rows, (S, K)
+                backs = ()  # the same as terms of a tile (KP, BT) for each stream
                 along = ()  # what goes back through the norm, (S,)
-                mean = ()
+                shift = ()  # the part of it that comes from the mean, (S,)
                 for i in tl.static_range(S):
                     if DYNAMIC:
                         rstd = tl.full([BT], 1.0, tl.float32)
-                        average = tl.sum(total[i], axis=1) / E
+                        sum = tl.sum(total[i], axis=1)
                         if NORM:
-                            rstd = _inverse_deviation(tl.sum(square[i], axis=1), tl.sum(total[i], axis=1), E, CENTER)
+                            rstd = inverse_deviation(tl.sum(square[i], axis=1), sum, E, CENTER)
                         inner = tl.zeros([BT], tl.float32)
-                        mean = mean + (average,)
+                        column = tl.zeros([BT, KP], tl.float32)
                     for k in tl.static_range(K):
                         if k < V + S:
                             grad = tl.sum(through[i * (V + S) + k], axis=1)
@@ -283,109 +212,140 @@ if triton is not None:
                                 grad += tl.load(grad_alpha + t * (S * (V + S)) + i * (V + S) + k, mask=there, other=0.0)
                         else:
                             grad = tl.load(grad_beta + t * S + i, mask=there, other=0.0)
-                        grads = _put(grads, grad, i * K + k, W)
+                        to_sums = add_to_column(to_sums, grad, i * K + k, CP)
                         number = tl.zeros([BT], tl.float32) + tl.load(static + i * K + k)
                         if DYNAMIC:
                             factor = tl.load(scale + k)
                             raw = tl.sum(projected[k * S + i], axis=1) * rstd
                             dynamic = raw
                             if TANH:
-                                dynamic = _tanh(raw)
-                            dynamic_parts = _put(dynamic_parts, dynamic, i * K + k, W)
+                                dynamic, slope = tanh(raw)
                             number += factor * dynamic
+                            to_sums = add_to_column(to_sums, grad * dynamic, S * K + k, CP)
                             grad = grad * factor
                             if TANH:
-                                grad = grad * _tanh_slope(raw)
+                                grad = grad * slope
                             inner += grad * raw
                             back = back + (grad * rstd,)
+                            column = add_to_column(column, grad * rstd, k, KP)
                         if k < V + S:
                             coefficients = coefficients + (number,)
-                    if DYNAMIC and NORM:
-                        along = along + (-rstd * rstd * inner / E,)
-                _store_tile(grad_coefficients, grads, t, there, S * K, W)
-                if DYNAMIC:
-                    _store_tile(dynamics, dynamic_parts, t, there, S * K, W)
+                    if DYNAMIC:
+                        if NORM:
+                            along = along + (-rstd * rstd * inner / E,)
+                            shift = shift + (rstd * rstd * inner / E * (sum / E),)
+                        terms = split_terms(column, BACK_TERMS)
+                        transposed = ()
+                        for n in tl.static_range(BACK_TERMS):
+                            transposed = transposed + (tl.trans(terms[n]),)
+                        backs = backs + (transposed,)
+                number = tl.arange(0, CP)
+                mine = number < S * K + K
+                tl.atomic_add(sums + K * E + number, tl.sum(to_sums, axis=0), mask=mine, sem="relaxed")
             if DEPTH:
-                write = _load_numbers(old_beta, t * S, there, S)
-                taken = _zeros(S, BT, LANES)
+                write = load_numbers(old_beta, t * S, there, S)
+                taken = make_zeros(S, BT, LANES)
             for start in range(0, E, BC):
                 e = start + tl.arange(0, BC)
                 mask = there[:, None] & (e < E)[None, :]
                 at = t[:, None] * (S * E) + e[None, :]
-                g = _load_rows(grad_carried, at, mask, S, E)
                 if WIDTH:
-                    g = _load_rows(grad_views, t[:, None] * (V * E) + e[None, :], mask, V, E) + g
-                    h = _load_rows(streams, at, mask, S, E)
+                    loaded = load_vectors(streams, at, mask, S, E)
+                    h = all_float32(loaded, S)
+                    if DYNAMIC:
+                        to_rows = tl.zeros([KP, BC], tl.float32)
+                        for i in tl.static_range(S):
+                            of_h = (loaded[i],) if H_TERMS == 1 else split_terms(h[i], H_TERMS)
+                            to_rows = add_matmul(to_rows, backs[i], of_h, BACK_TERMS, H_TERMS)
+                        k_at = tl.arange(0, KP)[:, None]
+                        of_rows = (k_at < K) & (e < E)[None, :]
+                        tl.atomic_add(sums + k_at * E + e[None, :], to_rows, mask=of_rows, sem="relaxed")
+                g = all_float32(load_vectors(grad_carried, at, mask, S, E), S)
+                if WIDTH:
+                    to_views = load_vectors(grad_views, t[:, None] * (V * E) + e[None, :], mask, V, E)
+                    g = all_float32(to_views, V) + g
                     to_streams = ()
                     for i in tl.static_range(S):
                         new = coefficients[i * (V + S)][:, None] * g[0]
-                        for k in tl.static_range(1, V + S):
-                            new += coefficients[i * (V + S) + k][:, None] * g[k]
                         if DYNAMIC and NORM:
                             if CENTER:
-                                new += along[i][:, None] * (h[i] - mean[i][:, None])
-                            else:
-                                new += along[i][:, None] * h[i]
+                                new += shift[i][:, None]
+                            new += along[i][:, None] * h[i]
+                        for k in tl.static_range(1, V + S):
+                            new += coefficients[i * (V + S) + k][:, None] * g[k]
                         to_streams = to_streams + (new,)
                     if DYNAMIC:
                         for k in tl.static_range(K):
-                            row = _load_row(rows + k * E, e, E, BT, BC)
-                            of_row = back[k][:, None] * h[0]
-                            added = (to_streams[0] + back[k][:, None] * row,)
-                            for i in tl.static_range(1, S):
-                                of_row += back[i * K + k][:, None] * h[i]
+                            row = load_row(rows + k * E, e, E, BT, BC)
+                            added = ()
+                            for i in tl.static_range(S):
                                 added = added + (to_streams[i] + back[i * K + k][:, None] * row,)
                             to_streams = added
-                            place = grad_rows + program * (K * E) + k * E + e
-                            of_row = tl.sum(of_row, axis=0)
-                            if tile != program:
-                                of_row += tl.load(place, mask=e < E, other=0.0)
-                            tl.store(place, of_row, mask=e < E)
                     g = ()
                     for i in tl.static_range(S):
-                        new = _cast(to_streams[i], grad_streams.dtype.element_ty)
+                        new = cast(to_streams[i], grad_streams.dtype.element_ty)
                         tl.store(grad_streams + at + i * E, new, mask=mask)
-                        g = g + (new.to(tl.float32),)
+                        g = g + (to_float32(new),)
                 if DEPTH:
-                    out = _load_rows(output, t[:, None] * (V * E) + e[None, :], mask, V, E)
-                    sums = ()
+                    out = load_vectors(output, t[:, None] * (V * E) + e[None, :], mask, V, E)
+                    out = apart(all_float32(out, V), V, BT, BC, LANES)
+                    to_next = apart(g, S, BT, BC, LANES)
+                    more = ()
                     for i in tl.static_range(S):
-                        sums = sums + (taken[i] + _lane_sums(out[i % V] * g[i], BT, BC, LANES),)
-                    taken = sums
+                        more = more + (add_product(taken[i], out[i % V], to_next[i], BC // LANES),)
+                    taken = more
                     for v in tl.static_range(V):
                         new = write[v][:, None] * g[v]
                         for i in tl.static_range(v + V, S, V):  # every stream took the one output of HC
                             new += write[i][:, None] * g[i]
                         place = grad_output + t[:, None] * (V * E) + v * E + e[None, :]
-                        tl.store(place, _cast(new, grad_output.dtype.element_ty), mask=mask)
+                        tl.store(place, cast(new, grad_output.dtype.element_ty), mask=mask)
             if DEPTH:
-                betas = tl.zeros([BT, LANES], tl.float32)
+                to_beta = tl.zeros([BT, SP], tl.float32)
                 for i in tl.static_range(S):
-                    betas = _put(betas, tl.sum(taken[i], axis=1), i, LANES)
-                _store_tile(grad_old_beta, betas, t, there, S, LANES)
-            if WIDTH and DYNAMIC:
-                tl.debug_barrier()  # before the next tile adds to the program's rows
+                    to_beta = add_to_column(to_beta, tl.sum(taken[i], axis=1), i, SP)
+                column = tl.arange(0, SP)[None, :]
+                tl.store(grad_old_beta + t[:, None] * S + column, to_beta, mask=there[:, None] & (column < S))
+
+    @triton.jit
+    def _sums_kernel(
+        sums, grad_rows, grad_static, grad_scale, programs,
+        S: tl.constexpr, K: tl.constexpr, E: tl.constexpr, DYNAMIC: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr,
+    ):  # fmt: skip
+        """Add up what programs of ``_backward_kernel`` left, always in the same order."""
+        LENGTH: tl.constexpr = K * E + S * K + K
+        first: tl.constexpr = 0 if DYNAMIC else K * E
+        column = first + tl.program_id(0) * BC + tl.arange(0, BC)
+        total = tl.zeros([BP, BC], tl.float32)
+        for start in range(0, programs, BP):
+            program = start + tl.arange(0, BP)[:, None]
+            mask = (program < programs) & (column < LENGTH)[None, :]
+            total += tl.load(sums + program.to(tl.int64) * LENGTH + column[None, :], mask=mask, other=0.0)
+        total = tl.sum(total, axis=0)
+        tl.store(grad_static + column - K * E, total, mask=(column >= K * E) & (column < K * E + S * K))
+        if DYNAMIC:
+            tl.store(grad_rows + column, total, mask=column < K * E)
+            tl.store(grad_scale + column - (K * E + S * K), total, mask=(column >= K * E + S * K) & (column < LENGTH))
 
 
 def tile_sizes(S: int, V: int, E: int, itemsize: int) -> dict[str, int]:
-    """The tile of a program: BT tokens, a warp each, by BC columns.
+    """The tile of a program: BT tokens by BC columns, LANES lanes of a warp to a token.
 
-    A lane loads 16 bytes of a column, or 8 where there are many streams. W is how wide a tile is that holds
-    a token's coefficients, LANES how many lanes a warp has.
+    A lane loads 16 bytes of a column, or 8 where there are many streams. The coefficients of a token, (S, K), are
+    filled up to powers of two, SP and KP.
     """
     columns = LANES * (16 if S <= 4 else 8) // itemsize
-
-    def power(number: int) -> int:
-        return max(LANES, 1 << (number - 1).bit_length())
-
-    return {"BT": 4, "BC": min(columns, power(E)), "LANES": LANES, "W": power(S * (V + S + 1)), "num_warps": 4}
+    K = V + S + 1
+    numbers = {"SP": S, "WP": S * (V + S), "CP": (S + 1) * K, "KP": max(K, 16)}  # 16 is what a tensor core takes
+    padded = {name: triton.next_power_of_2(number) for name, number in numbers.items()}
+    return {"BT": 32, "BC": columns, "LANES": LANES, **padded, "num_warps": 4}
 
 
 def _programs(tiles: int, device: torch.device) -> int:
     """How many programs go through the tiles in backward; each has a buffer for its sums over tokens."""
     if device.type != "cuda":
         return min(tiles, 2)
-    return min(tiles, 4 * torch.cuda.get_device_properties(device).multi_processor_count)
+    return min(tiles, 2 * torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def _launch(kernel: Any, programs: int, tensors: list[Optional[Tensor]], numbers: list[int], options: dict) -> None:
@@ -413,26 +373,30 @@ def backward(
     Returns those of static, rows and scale.
     """
     T, S, V, E = sizes
-    _, _, grad_carried, grad_alpha, _, static, rows, _, output, _ = read
+    _, _, grad_carried, grad_alpha, _, static, rows, scale, output, _ = read
     assert grad_carried is not None
+    make = torch.empty_like if T and E else torch.zeros_like
+    grads = [None if part is None else make(part) for part in (static, rows, scale)]
+    if not (T and E):
+        return grads
     tile = tile_sizes(S, V, E, grad_carried.element_size())
-    tiles = -(-T // tile["BT"])
-    programs = _programs(tiles, grad_carried.device) if rows is not None else tiles
-
-    def float32(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=torch.float32, device=grad_carried.device)
-
-    coefficients = float32(T, S, V + S + 1) if static is not None else None
-    dynamics = float32(T, S, V + S + 1) if rows is not None else None
-    grad_rows = float32(programs, V + S + 1, E) if rows is not None else None
-    if T and E:
-        tensors = [*read, written[0], coefficients, dynamics, grad_rows, *written[1:]]
-        options = {"S": S, "V": V, "E": E, **_options(output, static, rows, flags), **tile}
-        options["HAS_GRAD_ALPHA"] = grad_alpha is not None
-        _launch(_backward_kernel, programs, tensors, [T, tiles], options)
-    if coefficients is None or dynamics is None or grad_rows is None:
-        return [None if coefficients is None else coefficients.sum(0), None, None]
-    return [coefficients.sum(0), grad_rows.sum(0), (coefficients * dynamics).sum((0, 1))]
+    tiles = triton.cdiv(T, tile["BT"])
+    programs = tiles if static is None else _programs(tiles, grad_carried.device)
+    options = {"S": S, "V": V, "E": E, **_options(output, static, rows, flags), **tile}
+    options["HAS_GRAD_ALPHA"] = grad_alpha is not None
+    sums = None
+    if static is not None:
+        length = (E + S + 1) * (V + S + 1)
+        sums = torch.empty((programs, length), dtype=torch.float32, device=grad_carried.device)
+    _launch(_backward_kernel, programs, [*read, written[0], sums, *written[1:]], [T, tiles], options)
+    if static is not None:
+        block = {"BP": 32, "BC": 32, "num_warps": 4}
+        dynamic = rows is not None
+        columns = length if dynamic else static.numel()
+        tensors = [sums, grads[1], grads[0], grads[2]]
+        sizes_and_block = {"S": S, "K": V + S + 1, "E": E, "DYNAMIC": dynamic, **block}
+        _launch(_sums_kernel, triton.cdiv(columns, block["BC"]), tensors, [programs], sizes_and_block)
+    return grads
 
 
 def _options(
