@@ -135,21 +135,25 @@ class ImageClassifier(TimmModule):
     def probabilities(self, logits: Tensor) -> Tensor:
         return logits.float().sigmoid() if self.hparams["multi_label"] else logits.float().softmax(-1)
 
-    def _evaluate(
-        self, batch: tuple[Tensor, Tensor], metrics: MetricCollection, mean_loss: MeanMetric, stage: str
-    ) -> tuple[Tensor, Tensor] | None:
-        """Logits (B, K), minus infinity where a class is left out, and targets (B,) or, of several labels, (B, K).
+    def answer(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Logits (B, K) in float32, minus infinity for classes that are left out, and targets (B,), multi-label (B, K).
 
         Where an image has several labels of which any is right, its target is the most probable one.
         """
         images, targets = batch
-        if len(images) == 0:
-            return None
         logits = self(images).float()
         if isinstance(self.data, ImageData):
             logits = self.data.leave_out(logits)
         if targets.dim() == 2 and not self.hparams["multi_label"]:
             targets = pick_label(logits, targets)
+        return logits, targets
+
+    def _evaluate(
+        self, batch: tuple[Tensor, Tensor], metrics: MetricCollection, mean_loss: MeanMetric, stage: str
+    ) -> tuple[Tensor, Tensor] | None:
+        if len(batch[0]) == 0:
+            return None
+        logits, targets = self.answer(batch)
         metrics.update(logits.sigmoid() if self.hparams["multi_label"] else logits, targets.long())
         mean_loss.update(self.plain_loss(logits, targets), weight=len(targets))
         self.log_dict(dict(metrics.items()), on_step=False, on_epoch=True, batch_size=len(targets))

@@ -284,7 +284,7 @@ class TimmModule(OptimizedModule):
     @property
     def data(self) -> Any:
         """The data module of the trainer, or None."""
-        return getattr(self.trainer, "datamodule", None)
+        return getattr(self._trainer, "datamodule", None)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Seed what is random in a step (dropout, mixup, ...) by the run's seed, the epoch, the batch and the process.

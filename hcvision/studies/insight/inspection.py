@@ -12,6 +12,7 @@ from hcvision.connections import Connection
 from hcvision.data import ImageData, check_writable, pick_device, write_csv
 from hcvision.models import stages
 from hcvision.studies.insight.callback import Watcher
+from hcvision.studies.insight.depth import SkipBlocks, draw_blocks, join_rows, summarize_blocks
 from hcvision.studies.insight.figures import (
     draw_classes,
     draw_fractions,
@@ -52,6 +53,7 @@ def inspect(
     data: dict[str, Any] | None = None,
     device: str = "auto",
     overwrite: bool = False,
+    skip_blocks: bool = False,
 ) -> None:
     """Look into a trained model: what its sub-layers read, how alike their inputs and the streams are, and the classes.
 
@@ -71,6 +73,8 @@ def inspect(
             {root: ...} says where its data are now.
         device: cpu, cuda, ...; auto takes a GPU if there is one.
         overwrite: write into a folder that has files already.
+        skip_blocks: also measure the loss and the accuracy with the branches of each block skipped, into blocks.csv and
+            blocks.png; beside those of the twin, if there is one. As many passes more as there are blocks.
 
     Raises:
         FileNotFoundError: there is no such checkpoint.
@@ -85,18 +89,27 @@ def inspect(
     check_writable(folder, "--out names another folder")
     module, source = open_run(checkpoint, weights, data)
     twins: list[StageNotes] = []
+    skipped_twin: list[dict[str, Any]] = []
     if twin:
         other, _ = open_run(twin, weights, data)
         kinds = [[name_sublayers(blocks) for blocks in stages(connect_adds(m.model))] for m in (module, other)]
         if kinds[0] != kinds[1] or any(isinstance(part, Connection) for part in other.modules()):
             raise ValueError(f"{twin} is no residual twin of {checkpoint}: other blocks, or connections of its own")
         twins = look(other, source, images, batch_size, device)[0]
+        skipped_twin = measure_blocks(other, source, images, batch_size, device) if skip_blocks else []
     notes, labels, names = look(module, source, images, batch_size, device)
     for number, stage in enumerate(notes):
         place = folder if len(notes) == 1 else folder / f"stage{number}"
         write_stage(place, stage, twins[number] if twins else None, labels, names)
     print(f"{len(labels)} validation images, {sum(len(stage.names) for stage in notes)} sub-layers")
     print("\n".join(summarize(notes, twins)))
+    if skip_blocks:
+        skipped = measure_blocks(module, source, images, batch_size, device)
+        write_csv(folder / "blocks.csv", join_rows(skipped, skipped_twin))
+        draw_blocks(skipped, skipped_twin).savefig(folder / "blocks.png", dpi=150)
+        print(summarize_blocks(skipped))
+        if skipped_twin:
+            print(summarize_blocks(skipped_twin, "in the residual twin "))
     print(f"written to {folder}")
 
 
@@ -131,6 +144,28 @@ def look(
     module: TimmModule, source: ImageData, images: int, batch_size: int, device: str
 ) -> tuple[list[StageNotes], Tensor, list[str]]:
     """What a model does with validation images: notes per stage, their labels (I,), the classes' names."""
+    watcher = Watcher()
+    validate(module, source, images, batch_size, device, watcher)
+    names = source.class_names or [str(label) for label in range(module.hparams["num_classes"])]
+    return watcher.notes, torch.cat(watcher.labels), names
+
+
+def measure_blocks(
+    module: TimmModule, source: ImageData, images: int, batch_size: int, device: str
+) -> list[dict[str, Any]]:
+    """Rows of ``SkipBlocks`` on validation images."""
+    skipping = SkipBlocks()
+    validate(module, source, images, batch_size, device, skipping)
+    return skipping.rows()
+
+
+def validate(
+    module: TimmModule, source: ImageData, images: int, batch_size: int, device: str, callback: pl.Callback
+) -> None:
+    """Have a callback look on while validation images, evenly spread over all, pass through a model.
+
+    Residual adds of the model are written as connections, for good.
+    """
     module.model = connect_adds(module.model)
     source.prepare_data()
     source.setup("validate")
@@ -139,7 +174,6 @@ def look(
         base, indices = source.stages["val"]
         count = min(images, len(indices))
         source.stages["val"] = (base, [indices[i * len(indices) // count] for i in range(count)])
-    watcher = Watcher()
     accelerator, _, number = device.partition(":")
     trainer = pl.Trainer(
         accelerator={"cuda": "gpu"}.get(accelerator, accelerator),
@@ -148,11 +182,9 @@ def look(
         enable_checkpointing=False,
         enable_model_summary=False,
         limit_val_batches=-(-images // source.eval_batch_size),
-        callbacks=[watcher],
+        callbacks=[callback],
     )
     trainer.validate(module, source, verbose=False)
-    names = source.class_names or [str(label) for label in range(module.hparams["num_classes"])]
-    return watcher.notes, torch.cat(watcher.labels), names
 
 
 def summarize(notes: list[StageNotes], twins: list[StageNotes]) -> list[str]:
