@@ -18,6 +18,7 @@ from hcvision.data import ImageData, check_name, check_number, has_compiler, ref
 from hcvision.models import checkpoint_filter_fn, create_model, recompute_streams, set_stream_dtype
 from hcvision.training.checkpoints import finish_epoch
 from hcvision.training.connections import choose_backend, connection_parameters, freeze_connections
+from hcvision.training.finite import FiniteCheck
 from hcvision.training.optimization import SCHEDULES, OptimizedModule
 from hcvision.training.sharding import hold_whole, number_by_module, shard
 from hcvision.training.weights import (
@@ -73,7 +74,7 @@ class TimmModule(OptimizedModule):
             when they are written. None leaves them in the type in which they enter, in timm's ViTs float32 under
             autocast too. Checkpoints do not know of it.
         skip_nonfinite: how many updates may be left out because the loss or its gradient is NaN or infinite; one
-            more stops the run.
+            more stops the run. With any a step waits for the GPU.
 
     Raises:
         ValueError: an unknown model, optimizer or schedule, with the nearest names.
@@ -149,7 +150,7 @@ class TimmModule(OptimizedModule):
                 model, connection, pretrained=load_pretrained, num_classes=num_classes, **(model_args or {})
             )
         self.check_model(model)
-        self.skipped, self.last_loss = 0, torch.zeros(())
+        self.skipped, self.last_loss, self.finite = 0, torch.zeros(()), FiniteCheck()
         self.batches_done = 0  # of the epoch in which a run goes on
         self.images_per_step: list[int] | None = None  # processes and images of each, in these batches
         # the pretrained weights' view of images, at the size and channels this model was built for
@@ -255,6 +256,7 @@ class TimmModule(OptimizedModule):
         shard(self, self.model)
 
     def on_validation_start(self) -> None:
+        self.check_finite()
         hold_whole(self.model)
 
     def on_validation_end(self) -> None:
@@ -299,32 +301,55 @@ class TimmModule(OptimizedModule):
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Leave out an update whose loss or gradient is not finite, or stop.
 
+        To know it is to wait for the device. Where no update may be left out and that is a GPU, it is asked once per
+        logging interval, and before the weights are evaluated or saved.
+
         Raises:
             ValueError: it is one more than ``skip_nonfinite``; says the step, the rate and the last checkpoint.
         """
         for parameter in self.frozen:
             parameter.grad = None
-        values = [self.last_loss]
+        values = {"loss": self.last_loss}
         if self.trainer.precision != "16-mixed":  # there the scaler leaves out what overflows
-            values.append(nn.utils.get_total_norm([p.grad for p in self.parameters() if p.grad is not None]))
-        finite = all(bool(value.isfinite()) for value in values)
-        if self.trainer.strategy.reduce_boolean_decision(finite):  # or some processes would wait for others forever
-            return
-        self.skipped += 1
-        what = "loss" if not self.last_loss.isfinite() else "gradient"
+            values["gradient"] = nn.utils.get_total_norm([p.grad for p in self.parameters() if p.grad is not None])
         rate = max(group["lr"] for group in optimizer.param_groups)
-        where = f"the {what} is not finite at step {self.global_step} (epoch {self.current_epoch}, lr {rate:.3g})"
+        place = f"step {self.global_step} (epoch {self.current_epoch}, lr {rate:.3g})"
+        self.finite.note({name: value.to(self.device) for name, value in values.items()}, place)
+        interval = self.trainer.log_every_n_steps or 1  # type: ignore[attr-defined]
+        if self.asks_every_step or (self.global_step + 1) % interval == 0:
+            self.check_finite()
+
+    @property
+    def asks_every_step(self) -> bool:
+        """Whether an update can be left out, or it costs nothing to ask."""
+        return self.hparams["skip_nonfinite"] > 0 or self.device.type == "cpu"
+
+    def check_finite(self) -> None:
+        """Ask for the updates since this was last asked for; see ``on_before_optimizer_step``."""
+        if not self.finite.noted:
+            return
+        place = self.finite.noted[-1][-1]
+        found = self.finite.find()
+        if self.trainer.strategy.reduce_boolean_decision(found is None):  # or some processes would wait forever
+            return
+        found = found or f"the gradient of another process is not finite at {place}"
+        self.skipped += 1
         if self.skipped > self.hparams["skip_nonfinite"]:
             kept = [c for c in self.trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
             paths = [c.last_model_path or c.best_model_path for c in kept] + [str(self.trainer.ckpt_path)]
             last = max(filter(os.path.isfile, paths), key=os.path.getmtime, default="none yet")
-            raise ValueError(f"{where}; last good checkpoint: {last}. A smaller lr or gradient clipping may help")
-        warnings.warn(f"{where}; this update is left out", stacklevel=2)
+            raise ValueError(f"{found}; last good checkpoint: {last}. A smaller lr or gradient clipping may help")
+        warnings.warn(f"{found}; this update is left out", stacklevel=2)
         for parameter in self.parameters():
             parameter.grad = None
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add how the images were prepared, what the classes are called, and where in the epoch this is."""
+        """Add how the images were prepared, what the classes are called, and where in the epoch this is.
+
+        Raises:
+            ValueError: the loss or the gradient of an update was not finite.
+        """
+        self.check_finite()
         progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress
         checkpoint["batches_done"] = 0 if progress.is_last_batch else progress.current.processed
         if checkpoint["batches_done"]:  # max_steps has Lightning count an epoch as done that is not
