@@ -68,7 +68,11 @@ class CommandLine(LightningCLI):
         self.resuming, config["resume"] = config["resume"] and self.subcommand == "fit", False
         if self.resuming and self.checkpoint is not None:
             raise ValueError("give --resume or --ckpt_path, got both")
-        if self.resuming or (self.subcommand != "fit" and self.checkpoint is None):
+        given = model["init_from"] or (f"timm's weights of {model['model']}" if model["pretrained"] else None)
+        self.scored = None
+        if self.subcommand != "fit" and self.checkpoint is None and last_checkpoint(self.run_folder) is None and given:
+            self.scored = given  # the weights that a run would start from
+        elif self.resuming or (self.subcommand != "fit" and self.checkpoint is None):
             self.checkpoint = self.find_checkpoint()
         elif self.subcommand == "fit" and is_first_process() and not self.is_trial:
             check_room(self.run_folder)
@@ -108,7 +112,7 @@ class CommandLine(LightningCLI):
             run = place.parent if place.name == checkpoint_folder(Path()).name else self.run_folder
             folder = run / "test"
             self.classes = ClassReport(folder / self.datamodule.variant)
-            self.records = RecordScores(folder)
+            self.records = RecordScores(folder, self.scored)
             config["callbacks"] += [Calibration(), self.classes, self.records]
         try:
             return super().instantiate_trainer(**arguments, **kwargs)
@@ -142,6 +146,7 @@ class CommandLine(LightningCLI):
     def before_test(self) -> None:
         """Open what else is to be tested, before long work."""
         config, data = self.config[self.subcommand], self.datamodule
+        self.say_what_is_scored()
         self.clean, self.corrupted = None, []
         if self.task != "classify":
             return
@@ -157,6 +162,23 @@ class CommandLine(LightningCLI):
         names = [*CORRUPTIONS] if names == ["all"] else names
         self.corrupted = [data.corrupted(name, severity) for name in names for severity in config["severities"]]
         self.records.is_quiet = bool(self.clean or self.corrupted)
+
+    def before_validate(self) -> None:
+        self.say_what_is_scored()
+
+    def say_what_is_scored(self) -> None:
+        """Say so where there is no checkpoint of a run, and raise ValueError when a head has not been trained."""
+        if self.scored is None:
+            return
+        untrained = [name for name in self.model.untouched or () if name.startswith(self.model.head_names)]
+        theirs, ours = self.model.model.pretrained_cfg["num_classes"], self.model.hparams["num_classes"]
+        if self.model.hparams["init_from"] is None and theirs != ours:
+            untrained = [f"a head of {ours} classes, they have {theirs}"]
+        what = f"there is no checkpoint in {self.run_folder}, and {self.scored}"
+        if untrained:
+            raise ValueError(f"{what}, to start from, bring no {', '.join(untrained)}: there is nothing to score")
+        if is_first_process():
+            print(f"{what}, to start from, are scored")
 
     def after_test(self) -> None:
         """Test what else is to be tested, with the same weights."""
@@ -262,7 +284,8 @@ def check_room(run: Path) -> None:
 
 
 def is_free(run: Path) -> bool:
-    return not run.exists() or (run.is_dir() and not any(run.iterdir()))
+    """Whether nothing is there, or what tests of the weights to start from have written."""
+    return not run.exists() or (run.is_dir() and all(entry.name == "test" for entry in run.iterdir()))
 
 
 def make_room(run: Path) -> None:

@@ -20,10 +20,14 @@ class RecordScores(pl.Callback):
     and how many images, and every number of the test without its ``test_``; ``test_loss`` is ``nll`` where there is one
     label per image. A later test of the same checkpoint on the same data takes the place of its line. Many such files
     are one table: ``pandas.read_json(file, lines=True)``.
+
+    Args:
+        folder: of the file.
+        source: where the weights are from, if not from a checkpoint of the trainer.
     """
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    def __init__(self, folder: Path, source: str | None = None):
+        self.folder, self.source = folder, source
         self.images = 0
         self.is_quiet = False  # writes and shows no table
 
@@ -40,7 +44,8 @@ class RecordScores(pl.Callback):
         images = int(trainer.strategy.reduce(torch.tensor(self.images, device=pl_module.device), reduce_op="sum"))
         if not trainer.is_global_zero:
             return
-        line = describe_model(trainer, pl_module) | trainer.datamodule.describe() | {"images": images}  # type: ignore
+        about = describe_model(str(trainer.ckpt_path or self.source), pl_module)
+        line = about | trainer.datamodule.describe() | {"images": images}  # type: ignore
         line |= name_scores(trainer.callback_metrics, pl_module.hparams["multi_label"])
         path = self.folder / "metrics.jsonl"
         try:
@@ -54,12 +59,12 @@ class RecordScores(pl.Callback):
         print("\n".join(["", *tabulate(own), "", kept]))
 
 
-def describe_model(trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
+def describe_model(checkpoint: str, pl_module: pl.LightningModule) -> dict[str, Any]:
     """What was tested: model, connection, checkpoint, and which of its weights."""
     hparams = pl_module.hparams
     weights = "raw" if hparams["ema_decay"] is None else "ema"
     about = {"model": hparams["model"], "connection": hparams["connection"] or "residual"}
-    return about | {"checkpoint": str(trainer.ckpt_path), "weights": weights}
+    return about | {"checkpoint": checkpoint, "weights": weights}
 
 
 def name_scores(metrics: Any, multi_label: bool) -> dict[str, float]:

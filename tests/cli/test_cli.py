@@ -474,26 +474,50 @@ def imagenet(tmp_path_factory):
     return root
 
 
-def test_relatives_beside_clean_images(imagenet, tmp_path, capsys):
+def test_relatives_beside_clean_images(imagenet, tmp_path, tiny, capsys):
     """A row each, of the same 200 classes, where a model chooses among these; the classes of each in a folder."""
     run = tmp_path / "run"
-    few = ("--trainer.max_epochs=1", "--trainer.limit_train_batches=1", "--trainer.limit_val_batches=1")
-    main([*fit(imagenet, run), *few, "--data.eval_batch_size=200"])
-    config = f"--config={run / 'config.yaml'}"
-    main(["test", config, "--data.relative=r", f"--data.root={imagenet / 'r'}", f"--clean={imagenet}"])
+    torch.save(timm.create_model("vit_tiny_patch16_224", **tiny).state_dict(), tmp_path / "weights.pth")
+    arguments = tiny | {"pretrained_cfg_overlay": {"file": str(tmp_path / "weights.pth")}}
+    model = ("--model.model=vit_tiny_patch16_224", "--model.pretrained=true", f"--model.model_args={arguments}")
+    options = ("test", *model, *DATA, "--data.batch_size=200", f"--run={run}")
+    main([*options, "--data.relative=r", f"--data.root={imagenet / 'r'}", f"--clean={imagenet}"])
     lines = [json.loads(text) for text in (run / "test" / "metrics.jsonl").read_text().splitlines()]
     assert [line["variant"] for line in lines] == ["r", "val-imagenet-r"]
     assert [line["images"] for line in lines] == [200, 200]
     scores = [{name: line[name] for name in ("top1", "top5", "nll", "brier")} for line in lines]
     assert scores[0] == pytest.approx(scores[1])  # here these are the same images
-    assert scores[0]["nll"] == pytest.approx(math.log(200), rel=0.1)  # hardly trained, it takes each for as likely
+    assert scores[0]["nll"] == pytest.approx(math.log(200), rel=0.1)  # not trained, it takes each for as likely
     assert len((run / "test" / "r" / "classes.csv").read_text().splitlines()) == 201
     assert (run / "test" / "val-imagenet-r" / "classes.csv").is_file()
     assert "val-imagenet-r" in capsys.readouterr().out
-    check_refused(["test", config, f"--clean={imagenet}"], "clean is for a relative of ImageNet", capsys)
-    other = ["fit", config, f"--run={tmp_path / 'other'}", f"--data.classes={list_synsets()[0]}"]
-    check_refused(other, "classes is for validate and test", capsys)
-    assert not (tmp_path / "other").exists()
+    check_refused([*options, f"--data.root={imagenet}", f"--clean={imagenet}"], "clean is for a relative", capsys)
+    some = ["fit", *options[1:], f"--data.root={imagenet}", f"--data.classes={list_synsets()[0]}"]
+    check_refused(some, "classes is for validate and test", capsys)
+    assert not (run / "config.yaml").exists()
+
+
+def test_weights_without_a_run(image_folder, tmp_path, tiny, capsys):
+    """Where there is no checkpoint the weights that a run would start from are scored, if they have a head."""
+    run = tmp_path / "none"
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=3, **tiny)
+    torch.save(model.state_dict(), tmp_path / "three.pth")
+    options = ("--model.model=vit_tiny_patch16_224", MODEL[3], f"--data.root={image_folder}", *DATA, f"--run={run}")
+    main(["test", *options, f"--model.init_from={tmp_path / 'three.pth'}"])
+    assert (
+        f"there is no checkpoint in {run}, and {tmp_path / 'three.pth'}, to start from, are" in capsys.readouterr().out
+    )
+    (line,) = [json.loads(text) for text in (run / "test" / "metrics.jsonl").read_text().splitlines()]
+    assert line["checkpoint"] == str(tmp_path / "three.pth")
+    data = ImageData(root=str(image_folder), num_workers=0, batch_size=39, img_size=32, crop_pct=0.9)
+    batch = next(iter(data.val_dataloader()))
+    with torch.no_grad():
+        loss = torch.nn.functional.cross_entropy(model.eval()(batch.images), batch.targets).item()
+    assert line["nll"] == pytest.approx(loss, abs=1e-5)
+    torch.save(timm.create_model("vit_tiny_patch16_224", num_classes=4, **tiny).state_dict(), tmp_path / "four.pth")
+    weights = f"--model.init_from={tmp_path / 'four.pth'}"
+    check_refused(["test", *options, weights], "bring no head.bias, head.weight: there is nothing to score", capsys)
+    check_refused(["test", *options], "there is nothing to resume or score: no checkpoint in", capsys)
 
 
 def test_corrupted_images_beside_others(image_folder, tmp_path, capsys):
