@@ -11,10 +11,16 @@ import torch
 from conftest import randomize
 from test_families import FAMILIES, distance
 from timm.data import resolve_data_config
-from timm.models import get_arch_pretrained_cfgs, save_for_hf
+from timm.models import get_arch_pretrained_cfgs, group_parameters, save_for_hf
 from timm.models._features import FeatureGetterNet
+from timm.optim import create_optimizer_v2
+from torchvision.models.detection import FasterRCNN
+from torchvision.ops import FeaturePyramidNetwork
+from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 import hcvision
+from hcvision.connections.base import Connection
+from hcvision.models.families import MODELS
 from hcvision.models.names import create_model
 
 BASE = "vit_tiny_patch16_224"
@@ -264,3 +270,130 @@ def test_names_on_request(tmp_path):
         create_model("no_such_vit_dhc2")
     with pytest.raises(RuntimeError, match=rf"Unknown model \({BASE}_in21k\): timm calls it {BASE}\.{IN21K} now"):
         create_model(f"{BASE}_in21k", "dhc2")
+
+
+# what timm and torchvision do with a name
+
+
+OTHERS = (  # names of the families above whose rows are classes
+    *("mixer_s32_224", "resmlp_12_224", "gmlp_ti16_224", "hiera_tiny_224", "davit_tiny", "caformer_s18"),
+    *("poolformer_s12", "focalnet_tiny_srf", "nest_tiny", "sequencer2d_s"),
+)
+SMALL = NAMED | {base: {} for base in OTHERS} | {"sequencer2d_s": {"layers": (1, 1, 1, 1)}}
+SMALL["vit_tiny_r_s16_p8_224"] = SMALL["vit_tiny_r_s16_p8_224"] | {"depth": 3}
+FOUR_STAGES = {  # their strides are 4, 8, 16 and 32
+    *("swin_tiny_patch4_window7_224", "swinv2_tiny_window8_256", "swinv2_cr_tiny_224", "pvt_v2_b0", "hiera_tiny_224"),
+    *("davit_tiny", "caformer_s18", "poolformer_s12", "convnext_tiny", "convnext_atto", "convnextv2_atto"),
+    *("inception_next_atto", "focalnet_tiny_srf"),
+}
+
+
+def pair(base, **kwargs):
+    """timm's model and its twin under a name of ours, without memory for weights."""
+    (name,) = hcvision.register(base, "dhc2")
+    return [timm.create_model(model, device="meta", **SMALL[base], **kwargs) for model in (base, name)]
+
+
+def meta_images(model, base):
+    size = model.pretrained_cfg["input_size"][1:]
+    size = [SMALL[base].get("img_size", side) for side in size]
+    return torch.empty(2, 3, *size, device="meta")
+
+
+def test_every_family_has_a_name():
+    modules = {timm.model_entrypoint(base).__module__ for base in SMALL}
+    rows = {cls.__module__ for cls in MODELS if cls.__module__.startswith("timm.")}
+    assert {module.rpartition(".")[2] for module in rows} <= {module.rpartition(".")[2] for module in modules}
+
+
+@pytest.mark.parametrize("base", SMALL)
+def test_fine_tuning(base):
+    """Of a name: timm's own parameters decay and learn as in the base, connections as their block; a new head."""
+    plain, ours = pair(base)
+    theirs = dict(plain.named_parameters())
+    own = {
+        f"{prefix}.{name}": name
+        for prefix, module in ours.named_modules()
+        if isinstance(module, Connection)
+        for name, _ in module.named_parameters()
+    }
+    assert set(dict(ours.named_parameters())) == set(theirs) | set(own)
+    skipped = set(plain.no_weight_decay()) if hasattr(plain, "no_weight_decay") else set()
+    assert ours.no_weight_decay() == skipped | {key for key, name in own.items() if not name.endswith("_fn")}
+
+    layered = hasattr(plain, "group_matcher")
+    groups = []
+    for model in (plain, ours):
+        optimizer = create_optimizer_v2(model, "adamw", weight_decay=0.3, layer_decay=0.5 if layered else None)
+        settings = {id(p): (g["weight_decay"], g.get("lr_scale")) for g in optimizer.param_groups for p in g["params"]}
+        groups.append({key: settings[id(p)] for key, p in model.named_parameters() if p.requires_grad})
+    for key, setting in groups[0].items():
+        assert groups[1][key] == setting, key
+    for key, name in own.items():
+        decay, scale = groups[1][key]
+        assert decay == (0.3 if name.endswith("_fn") else 0.0)
+        block = key.rpartition(".connection")[0] + "."
+        assert {groups[0][k][1] for k in groups[0] if k.startswith(block)} == {scale}, key
+    if layered:
+        for coarse in (False, True):
+            layers = [
+                group_parameters(model, model.group_matcher(coarse=coarse), reverse=True) for model in (plain, ours)
+            ]
+            assert all(layers[1][key] == layer for key, layer in layers[0].items())
+
+    if not base.endswith("_enc") and base != "samvit_base_patch16":  # those have no head
+        ours.reset_classifier(7)
+        assert ours.num_classes == 7
+        assert ours(meta_images(ours, base)).shape == (2, 7)
+
+
+@pytest.mark.parametrize("base", SMALL)
+def test_feature_maps(base):
+    """features_only: the maps, strides and channels of the base, channels first; a pyramid where there are stages."""
+    plain, ours = pair(base, features_only=True)
+    count = len(plain.feature_info.channels())  # sequencer2d: timm leaves out the last stage, which has the same stride
+    assert ours.feature_info.reduction()[:count] == plain.feature_info.reduction()
+    assert ours.feature_info.channels()[:count] == plain.feature_info.channels()
+    assert count == len(ours.feature_info.channels()) or base == "sequencer2d_s"
+    if base in FOUR_STAGES:
+        assert ours.feature_info.reduction() == [4, 8, 16, 32]
+    images = meta_images(ours.model, base)
+    for found, info in zip(ours(images), ours.feature_info.get_dicts(), strict=True):
+        assert found.shape[:2] == (2, info["num_chs"])
+        if base in FOUR_STAGES:
+            assert [side * info["reduction"] for side in found.shape[2:]] == list(images.shape[2:])
+
+
+class Pyramid(torch.nn.Module):
+    out_channels = 16
+
+    def __init__(self, name, **kwargs):
+        super().__init__()
+        self.body = timm.create_model(name, features_only=True, **kwargs)
+        self.fpn = FeaturePyramidNetwork(self.body.feature_info.channels(), 16, LastLevelMaxPool())
+
+    def forward(self, images):
+        return self.fpn({str(level): maps for level, maps in enumerate(self.body(images))})
+
+
+def test_detector():
+    """torchvision's detector finds the same boxes around both, and its losses reach the connections."""
+    small = {"depths": (1, 1, 1, 1), "dims": (8, 16, 24, 32), "feature_cls": "getter"}
+    (name,) = hcvision.register("convnext_atto", "dfc2")
+    plain, ours = (
+        FasterRCNN(Pyramid(model, **small), num_classes=3, min_size=64, max_size=64).eval()
+        for model in ("convnext_atto", name)
+    )
+    report = ours.load_state_dict(randomize(plain, std=0.1).state_dict(), strict=False)
+    assert not report.unexpected_keys
+    assert all(".connection" in key for key in report.missing_keys)
+    image = images(64)[0]
+    with torch.no_grad():
+        (expected,), (found,) = plain([image]), ours([image])
+    assert len(found["boxes"]) > 0
+    assert all(torch.equal(found[key], expected[key]) for key in ("boxes", "labels", "scores"))
+    box = {"boxes": torch.tensor([[8.0, 8.0, 40.0, 48.0]]), "labels": torch.tensor([1])}
+    sum(ours.train()([image], [box]).values()).backward()
+    gradients = {key: p.grad for key, p in ours.named_parameters() if key.endswith(("static_alpha", "static_beta"))}
+    assert len(gradients) == 8
+    assert all(grad.any() for grad in gradients.values())
