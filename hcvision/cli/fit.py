@@ -149,6 +149,8 @@ class CommandLine(LightningCLI):
         self.say_what_is_scored()
         self.clean, self.corrupted = None, []
         if self.task != "classify":
+            if config["clean"] is not None or config["corruptions"]:
+                raise ValueError("clean and corruptions are for classification, not for --task generate")
             return
         if config["clean"] is not None:
             if data.relative is None:

@@ -175,7 +175,7 @@ class Calibration(pl.Callback):
             return
         scores = {"ece": self.ece.compute(), "brier": self.brier.compute()} | self.scale(trainer, pl_module)
         several = trainer.world_size > 1
-        pl_module.log_dict({f"test_{name}": value for name, value in scores.items()}, sync_dist=several)
+        pl_module.log_dict({f"test_{name}": float(value) for name, value in scores.items()}, sync_dist=several)
 
     def scale(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Tensor]:
         """What a temperature changes, or nothing where there are too few images for two halves."""

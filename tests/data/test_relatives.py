@@ -1,5 +1,7 @@
 """ImageNet's relatives in tiny folders of the same layout, and subsets of classes."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from PIL import Image
@@ -208,3 +210,27 @@ def test_logits_that_are_left_out(image_folder):
     assert kept.variant == "chosen-all-logits"
     only = ImageData(root=str(image_folder), classes=["zebra"]).leave_out(logits)
     assert only.argmax(1).tolist() == [2] * 5
+
+
+def test_classes_of_tables_and_of_images_in_memory(image_folder, tmp_path, monkeypatch):
+    """A table's as a folder's; those of sets that torchvision downloads are known when they are opened."""
+    rows = [f"{path},{path.parent.name},{path.parent.parent.name}" for path in sorted(image_folder.glob("*/*/*.png"))]
+    (tmp_path / "t.csv").write_text("\n".join(["file,label,split", *rows]))
+    table = ImageData("csv", root=str(tmp_path / "t.csv"), classes=["zebra"], num_workers=0)
+    assert targets_of(table) == [2] * 13
+    with pytest.raises(ValueError, match="classes cannot be chosen with several labels per image"):
+        ImageData("csv", root=str(tmp_path / "t.csv"), classes=["zebra"], multi_label=True)
+
+    class Small(SimpleNamespace):
+        def __len__(self):
+            return 4
+
+    monkeypatch.setattr(
+        ImageData, "_torchvision", lambda *_, **__: Small(classes=list("abcdefghij"), targets=[3, 1, 3, 0])
+    )
+    data = ImageData("cifar10", classes=["d", "b"], num_workers=0)
+    assert targets_of(data) == [3, 1, 3]
+    assert data.chosen == [1, 3]
+    assert targets_of(data.corrupted("jpeg", 1)) == [3, 1, 3]
+    with pytest.raises(ValueError, match="there are no val images of c"):
+        ImageData("cifar10", classes=["c"], num_workers=0).setup("validate")

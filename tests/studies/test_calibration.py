@@ -184,3 +184,20 @@ def test_lines(tmp_path):
     with pytest.raises(ValueError, match="is not what a test writes"):
         add_line(path, line)
     assert path.read_text() == "no lines"
+
+
+def test_several_labels(image_folder, tmp_path, trainer_args, tiny, capsys):
+    """There is no calibration then, and the line has what there is."""
+    files = sorted(image_folder.glob("*/*/*.png"))
+    rows = ["file,label,split", *(f"{p},{p.parent.name},{p.parent.parent.name}" for p in files)]
+    (tmp_path / "t.csv").write_text("\n".join(rows))
+    data = ImageData("csv", root=str(tmp_path / "t.csv"), batch_size=8, num_workers=0, multi_label=True)
+    model = ImageClassifier("vit_tiny_patch16_224", num_classes=3, model_args=tiny, multi_label=True)
+    trainer = pl.Trainer(**trainer_args, callbacks=[Calibration(), RecordScores(tmp_path / "test", "a file")])
+    (scores,) = trainer.test(model, data, verbose=False)
+    (line,) = read_lines(tmp_path / "test" / "metrics.jsonl")
+    assert {*scores} == {"test_loss", "test_map", "test_f1"}
+    assert (line["loss"], line["map"]) == pytest.approx((scores["test_loss"], scores["test_map"]))
+    assert (line["connection"], line["checkpoint"]) == ("residual", "a file")
+    assert "nll" not in line
+    capsys.readouterr()
