@@ -6,7 +6,7 @@ from typing import Any
 import matplotlib
 from matplotlib.figure import Figure
 
-from hcvision.studies.statistics import Outcome, against_first, by_variant, interval, judge
+from hcvision.studies.statistics import Outcome, against_first, against_twins, by_variant, interval, judge
 
 COLORS = ("#444444", "#d1495b", "#00798c", "#edae49", "#66a182", "#8d5b9e", "#b5179e", "#e07a1f", "#5fa8d3", "#9c6644")
 STYLES = ("-", "--", ":")
@@ -48,10 +48,14 @@ def verdict_color(verdict: str) -> str:
 
 
 def draw_differences(results: list[dict[str, Any]], study: Outcome) -> Figure:
-    """Each variant's paired differences to the first: seeds as dots, their mean, and its 95 % interval."""
-    paired = [metric for metric in study.metrics if metric.paired]
-    metric, count = paired[0], len(paired) * (len(study.variants) - 1)
-    compared = against_first(by_variant(results, study, metric.name), study)
+    """Each variant's paired differences to the first: seeds as dots, their mean, and its 95 % interval.
+
+    Below them those to variants that were trained for its time.
+    """
+    metric, count = next(metric for metric in study.metrics if metric.paired), study.comparisons
+    values = by_variant(results, study, metric.name)
+    compared = against_first(values, study)
+    compared |= {f"{v}, at equal time": one for v, one in against_twins(values, study).items()}
     with matplotlib.rc_context({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False}):
         figure = Figure(figsize=(8, 1.2 + 0.36 * len(compared)), layout="constrained")
         axes = figure.subplots()

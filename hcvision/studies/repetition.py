@@ -6,7 +6,7 @@ from pathlib import Path
 
 from hcvision.data import check_name
 from hcvision.studies.processes import helpers
-from hcvision.studies.reporting import read_results
+from hcvision.studies.reporting import read_results, read_study
 from hcvision.studies.statistics import predicted
 from hcvision.studies.study import Study
 
@@ -35,6 +35,8 @@ def repeat_cell(study: Study, variant: str, seed: int, recorded: Path, say: Call
     rows = {row["seed"]: row for row in read_results(recorded) if row["variant"] == variant}
     if len(rows) < 2:
         raise ValueError(f"{recorded} has {len(rows)} recorded seeds of {variant}; a spread needs two at least")
+    if "match_time" in study.changes[variant]:  # for as many updates as those had
+        study.matches = read_study(recorded).matched
     study.variants, study.seeds = [variant], [seed]
     study.check_settings()
     study.prepare()

@@ -2,12 +2,14 @@
 
 import csv
 import json
+import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from hcvision.data import markdown, write_csv, write_whole
+from hcvision.studies.equal_time import compare_at_equal_time
 from hcvision.studies.figures import draw_curves, draw_differences
 from hcvision.studies.statistics import (
     TOP1,
@@ -16,10 +18,12 @@ from hcvision.studies.statistics import (
     Metric,
     Outcome,
     against_first,
+    against_twins,
     by_variant,
-    interval,
     judge,
     number,
+    show_difference,
+    show_interval,
 )
 from hcvision.training import metrics_files
 
@@ -58,7 +62,8 @@ def write_report(folder: Path) -> Path:
     """Write report.md and its pictures from the other files of a study. Returns the path of report.md."""
     study, results = read_study(folder), read_results(folder)
     pictures = {"curves.png": " and ".join(curve.label for curve in study.curves)}
-    draw_curves(read_curves(folder), study).savefig(folder / "curves.png", dpi=120)
+    curves = read_curves(folder)
+    draw_curves(curves, study).savefig(folder / "curves.png", dpi=120)
     found = findings(results, study)
     if found:
         draw_differences(results, study).savefig(folder / "differences.png", dpi=120)
@@ -69,6 +74,7 @@ def write_report(folder: Path) -> Path:
         *table(results, study), "",
         *[f"- {line}" for line in found], "",
         *notes(study), "",
+        *compare_at_equal_time(results, curves, study),
     ]  # fmt: skip
     for name, about in pictures.items():
         lines += [f"![{about}]({name})", ""]
@@ -122,8 +128,7 @@ def table(results: list[dict[str, Any]], study: Outcome) -> list[str]:
         if metric.paired and study.variants[1:]:
             column = [f"minus {first}", ""]
             for differences in against_first(values, study).values():
-                mean = statistics.mean(differences)
-                column.append(metric.show(mean, "+") + (f" {show_interval(differences, metric)}" if several else ""))
+                column.append(show_difference(differences, metric))
             columns.append(column)
     column = ["parameters"]
     for variant in study.variants:
@@ -135,17 +140,12 @@ def table(results: list[dict[str, Any]], study: Outcome) -> list[str]:
     return markdown([list(row) for row in zip(*columns, strict=True)])
 
 
-def show_interval(differences: Sequence[float], metric: Metric) -> str:
-    mean, half = statistics.mean(differences), interval(differences)
-    return f"[{metric.show(mean - half, '+')}, {metric.show(mean + half, '+')}]"
-
-
 def findings(results: list[dict[str, Any]], study: Outcome) -> list[str]:
     """What the intervals of the metrics with pairs allow one to say, a line per kind of answer."""
     paired = [metric for metric in study.metrics if metric.paired]
     if not paired or len(study.seeds) < 2 or not study.variants[1:]:
         return []
-    count = (len(study.variants) - 1) * len(paired)
+    count = study.comparisons
     lines = []
     for metric in paired:
         compared = against_first(by_variant(results, study, metric.name), study)
@@ -154,6 +154,12 @@ def findings(results: list[dict[str, Any]], study: Outcome) -> list[str]:
             said[judge(differences, metric, count)].append(f"{variant} {show_interval(differences, metric)}")
         about = f"{metric.heading}: " if len(paired) > 1 else ""
         lines += [f"{about}{verdict} {study.variants[0]}: {'; '.join(ones)}" for verdict, ones in said.items() if ones]
+    for metric in paired:
+        at_equal_time = against_twins(by_variant(results, study, metric.name), study)
+        about = f"{metric.heading} at equal time" if len(paired) > 1 else "at equal time"
+        for variant, differences in at_equal_time.items():
+            verdict = judge(differences, metric, count)
+            lines.append(f"{about}: {variant} {verdict} {study.twins[variant]} {show_interval(differences, metric)}")
     of = "; ".join(f"{metric.heading}{f', {metric.unit}' if metric.unit else ''}" for metric in paired)
     about = f"in brackets the 95 % intervals of the paired difference ({of}; Student's t, {len(study.seeds)} seeds)"
     if count > 1:
@@ -207,14 +213,23 @@ def read_curve(folder: Path, names: Sequence[str]) -> dict[str, dict[int, float]
     return curve
 
 
-def write_curves(folder: Path, cells: dict[tuple[str, int], Path], curves: Sequence[Curve]) -> None:
-    """Write curves.csv: a row per variant, seed and epoch."""
+def write_curves(
+    folder: Path,
+    cells: dict[tuple[str, int], Path],
+    curves: Sequence[Curve],
+    ends: dict[tuple[str, int], float] | None = None,
+) -> None:
+    """Write curves.csv: a row per variant, seed and epoch; ``ends`` are the epochs of cells, the last may be a part."""
     names = [curve.name for curve in curves]
     rows = []
     for (variant, seed), path in cells.items():
+        end = (ends or {}).get((variant, seed), math.inf)
         points = read_curve(path, names)
+        if end < math.inf:  # what was validated behind the last epoch belongs to it
+            last = math.ceil(end) - 1
+            points = {name: {min(epoch, last): v for epoch, v in values.items()} for name, values in points.items()}
         for epoch in sorted({epoch for values in points.values() for epoch in values}):
-            row: dict[str, Any] = {"variant": variant, "seed": seed, "epoch": epoch + 1}
+            row: dict[str, Any] = {"variant": variant, "seed": seed, "epoch": min(epoch + 1, end)}
             rows.append(row | {name: f"{points[name][epoch]:.6g}" if epoch in points[name] else "" for name in names})
     write_csv(folder / "curves.csv", rows or [{"variant": "", "seed": "", "epoch": ""}])
 

@@ -53,8 +53,8 @@ def write_yaml(path: Path, value: dict[str, Any]) -> None:
     write_whole(path, yaml.safe_dump(json.loads(json.dumps(value)), sort_keys=False, width=120).encode())
 
 
-def span(values: list[int]) -> str:
-    low, high = min(values), max(values)
+def span(values: list[float]) -> str:
+    low, high = round(min(values), 2), round(max(values), 2)
     return f"{low:,}" if low == high else f"{low:,} to {high:,}"
 
 

@@ -58,6 +58,21 @@ class Outcome:
     pictures: dict[str, str] = field(default_factory=dict)  # file names and what they show
     environments: list[dict[str, Any]] = field(default_factory=list)  # of the cells, and how many of each
     timed_on: str = ""  # the device, and the threads of a CPU, that costs were measured on
+    matched: dict[str, dict[str, Any]] = field(default_factory=dict)  # variants trained for the time of another one
+
+    @property
+    def twins(self) -> dict[str, str]:
+        """By variant the one that was trained for its time, the first of several."""
+        found: dict[str, str] = {}
+        for twin, about in self.matched.items():
+            found.setdefault(about["variant"], twin)
+        return found
+
+    @property
+    def comparisons(self) -> int:
+        """Paired differences that the report makes something of: to the first variant, and to time-matched twins."""
+        paired = sum(metric.paired for metric in self.metrics)
+        return paired * (len(self.variants) - 1 + len(self.twins))
 
     def write(self, folder: Path) -> None:
         write_json(folder / "study.json", asdict(self))
@@ -79,6 +94,18 @@ def interval(differences: Sequence[float], share: int = 1) -> float:
     count = len(differences)
     quantile = float(student.ppf(1 - (1 - CONFIDENCE) / 2 / share, count - 1))
     return quantile * statistics.stdev(differences) / math.sqrt(count)
+
+
+def show_interval(differences: Sequence[float], metric: Metric) -> str:
+    """The interval of a mean difference, as text."""
+    mean, half = statistics.mean(differences), interval(differences)
+    return f"[{metric.show(mean - half, '+')}, {metric.show(mean + half, '+')}]"
+
+
+def show_difference(differences: Sequence[float], metric: Metric) -> str:
+    """A mean difference as text, with its interval if there are several."""
+    about = f" {show_interval(differences, metric)}" if len(differences) > 1 else ""
+    return metric.show(statistics.mean(differences), "+") + about
 
 
 def predicted(values: Sequence[float]) -> float:
@@ -110,6 +137,14 @@ def against_first(values: dict[str, list[float]], study: Outcome) -> dict[str, l
     return {
         variant: [mine - its for mine, its in zip(values[variant], values[first], strict=True)]
         for variant in study.variants[1:]
+    }
+
+
+def against_twins(values: dict[str, list[float]], study: Outcome) -> dict[str, list[float]]:
+    """Differences of variants to what was trained for their time, seed by seed."""
+    return {
+        variant: [mine - its for mine, its in zip(values[variant], values[twin], strict=True)]
+        for variant, twin in study.twins.items()
     }
 
 

@@ -28,6 +28,16 @@ from hcvision.data import (
 )
 from hcvision.studies.costs import measure_costs
 from hcvision.studies.display import DONE, FIELDS, CellProgress, Display, empty_board
+from hcvision.studies.matching import (
+    MatchTime,
+    ValidateLast,
+    check_matches,
+    describe_match,
+    measure_matches,
+    read_matches,
+    take_length,
+    updates_per_epoch,
+)
 from hcvision.studies.measuring import name_device
 from hcvision.studies.processes import helpers, limit_threads
 from hcvision.studies.reporting import read_curve, write_curves, write_report
@@ -58,7 +68,8 @@ class Study:
             config.yaml, study.json, results.csv, curves.csv.
         title: headline of the report.
         variants: connections to compare (``residual``, ``dhc2``, ...), or names of one's own and what each changes:
-            ``connection``, and arguments of ``model`` and ``trainer``. Differences are to the first.
+            ``connection``, and arguments of ``model`` and ``trainer``. Differences are to the first. ``match_time``
+            names another variant, whose time it is trained for; without a connection it is the first variant then.
         seeds: of the initial weights, the order of the images and the augmentation.
         model: arguments of ``ImageClassifier``, without connection and num_classes.
         data: arguments of ``ImageData``, without seed.
@@ -69,7 +80,7 @@ class Study:
 
     Raises:
         ValueError: an unknown variant, a change of something that is not there, a variant or seed named twice, or a
-            folder with cells that were run with other settings.
+            folder with cells that were run with other settings, or a ``match_time`` that cannot be.
     """
 
     task = "classify"
@@ -121,6 +132,8 @@ class Study:
         self.board: Any = empty_board(len(self.cells))  # how far the cells are: see Display
         self.lines: Any = None  # what they say, where it is shown
         self.more_settings: dict[str, Any] = {}
+        self.matches: dict[str, dict[str, Any]] = {}  # what was measured for variants with match_time
+        check_matches(self)
 
     def __getstate__(self) -> dict[str, Any]:
         """What another process needs; what it shares with this one is handed over when it starts."""
@@ -130,10 +143,11 @@ class Study:
         if not re.fullmatch(r"\w[\w.+-]*", name) or name in RESERVED:
             what = "another one" if name in RESERVED else "of letters, digits and any of .+-_"
             raise ValueError(f"a variant's name must be {what}, got {name!r}")
-        unknown = {*changes} - {"connection", "model", "trainer"}
+        unknown = {*changes} - {"connection", "model", "trainer", "match_time"}
         if unknown:
             raise ValueError(f"variant {name} can change connection, model and trainer, got {', '.join(unknown)}")
-        parse_connection(changes.get("connection", name))
+        if "connection" in changes or "match_time" not in changes:
+            parse_connection(changes.get("connection", name))
         known = {"model": defaults(self.module), "trainer": defaults(pl.Trainer)}
         for group, names in known.items():
             given = changes.get(group) or {}
@@ -143,17 +157,31 @@ class Study:
                 check_name(f"{group} argument (variant {name})", key, [n for n in names if n not in FIXED])
         return changes
 
+    def all_changes(self, variant: str) -> Changes:
+        """What a variant changes; one with ``match_time`` and no connection what the first variant does, before."""
+        changes, first = self.changes[variant], next(iter(self.changes))
+        if "match_time" in changes and "connection" not in changes:
+            return merge({"connection": first, **self.changes[first]}, changes)
+        return changes
+
     def connection(self, variant: str) -> str:
-        return self.changes[variant].get("connection", variant)
+        return self.all_changes(variant).get("connection", variant)
 
     def model_arguments(self, variant: str) -> dict[str, Any]:
-        return merge(self.model, self.changes[variant].get("model"))
+        return merge(self.model, self.all_changes(variant).get("model"))
 
     def trainer_arguments(self, variant: str) -> dict[str, Any]:
-        return merge(self.trainer, self.changes[variant].get("trainer"))
+        """Arguments of Lightning's Trainer; with ``match_time`` the length is that of the variant that it names."""
+        arguments = merge(self.trainer, self.all_changes(variant).get("trainer"))
+        target = self.changes[variant].get("match_time")
+        return arguments if target is None else take_length(arguments, self.trainer_arguments(target))
 
     def settings(self, variant: str) -> dict[str, Any]:
         """What a cell of a variant depends on, beside its seed."""
+        return self.cost_settings(variant) | describe_match(self, variant)
+
+    def cost_settings(self, variant: str) -> dict[str, Any]:
+        """The same without what follows from measured costs."""
         own = {} if self.connection(variant) == variant else {"connection": self.connection(variant)}
         model, trainer = self.model_arguments(variant), self.trainer_arguments(variant)
         return self.complete({"model": model, "data": self.data, "trainer": trainer, **own, **self.more_settings})
@@ -198,6 +226,7 @@ class Study:
 
     def run(self, say: Callable[[str], None] = print) -> Path:
         """Run what is missing and write the report. Returns the path of report.md."""
+        self.matches = read_matches(self)
         self.check_settings()
         missing = [cell for cell in self.cells if self.read_result(*cell) is None]
         if missing:
@@ -205,6 +234,8 @@ class Study:
         if is_first_process() and missing:
             with self.lock():
                 self.prepare()
+                measure_matches(self, say)
+        self.matches = read_matches(self, wait=bool(missing))
         with self.display(say, missing) as say_beside, helpers(self, min(self.jobs, len(missing))):
             self.run_cells(say_beside)
         if is_first_process():
@@ -340,7 +371,9 @@ class Study:
         quiet: dict[str, Any] = {"enable_model_summary": False, "num_sanity_val_steps": 0}
         arguments = {**quiet, **self.trainer_arguments(variant), "enable_progress_bar": False}  # the study shows it
         equipped = equip(folder, arguments, model.monitor)
-        equipped["callbacks"].append(CellProgress(self.board, self.cells.index((variant, seed)), self.curves[0].name))
+        progress = CellProgress(self.board, self.cells.index((variant, seed)), self.curves[0].name)
+        validated, matched = ValidateLast(), [MatchTime(self.matches[v]["ratio"]) for v in self.matches if v == variant]
+        equipped["callbacks"] += [progress, validated, *matched]
         trainer = pl.Trainer(**equipped)
         checkpoint = last_checkpoint(folder)
         start = self.score_start(folder / "start.json", variant, model, data)
@@ -350,11 +383,16 @@ class Study:
         last = last_checkpoint(folder)
         if last is not None:  # the averaged weights, also where nothing was left to train
             model.load_state_dict(read_checkpoint(last)["state_dict"])
+        epochs: float = trainer.current_epoch
+        steps, each = trainer.global_step, updates_per_epoch(trainer)
+        if each is not None:  # a part of an epoch, where that is the last one
+            epochs = steps // each if steps % each == 0 else round(steps / each, 4)
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        if model.monitor[0] not in metrics:
-            metrics = {name: float(value) for name, value in trainer.validate(model, data, verbose=False)[0].items()}
+        if validated.step != steps or model.monitor[0] not in metrics:
+            metrics |= {name: float(value) for name, value in trainer.validate(model, data, verbose=False)[0].items()}
+        if matched and is_first_process():
+            write_yaml(folder / "config.yaml", self.run_config(variant, seed, matched[0].updates))
         losses = read_curve(folder, ["train_loss"])["train_loss"]
-        epochs, steps = trainer.current_epoch, trainer.global_step
         result = {
             "variant": variant,
             "seed": seed,
@@ -363,6 +401,7 @@ class Study:
             "train_loss": metrics.get("train_loss", losses[max(losses)] if losses else None),
             **self.score(folder, model, metrics),
             "parameters": sum(parameter.numel() for parameter in model.model.parameters()),
+            "updates": steps,
             "epochs": epochs,
             "images": steps * data.batch_size * trainer.world_size * trainer.accumulate_grad_batches,
             "seconds": round(time.monotonic() - began, 1),
@@ -375,15 +414,19 @@ class Study:
                 callback.leave(f"stopped after {variant}, seed {seed}")
         return result
 
-    def run_config(self, variant: str, seed: int) -> dict[str, Any]:
-        """A cell as a run: its folder is one, for `hcvision test`, `inspect`, `export`, ..."""
+    def run_config(self, variant: str, seed: int, updates: int | None = None) -> dict[str, Any]:
+        """A cell as a run: its folder is one, for `hcvision test`, `inspect`, `export`, ...
+
+        ``updates`` is its length where that was measured.
+        """
+        length = {} if updates is None else {"max_epochs": -1, "max_steps": updates}
         model = {"connection": self.connection(variant), **self.model_arguments(variant)}
         about = {"task": self.task, "seed_everything": seed, "run": str(self.cell_folder(variant, seed))}
         return {
             **about,
             "model": model,
             "data": {**self.data, "seed": seed},
-            "trainer": self.trainer_arguments(variant),
+            "trainer": self.trainer_arguments(variant) | length,
         }
 
     def score(self, folder: Path, model: Any, metrics: dict[str, float]) -> dict[str, float | None]:
@@ -408,9 +451,10 @@ class Study:
     def write(self, costs: dict[str, dict[str, float]]) -> None:
         """Write what the report is made from: config.yaml, study.json, results.csv and curves.csv."""
         results = [self.read_result(*cell) or {} for cell in self.cells]
-        names = ("variant", "seed", *self.columns, "parameters", "epochs", "images", "seconds")
+        names = ("variant", "seed", *self.columns, "parameters", "updates", "epochs", "images", "seconds")
         write_csv(self.out / "results.csv", [{name: result.get(name) for name in names} for result in results])
-        write_curves(self.out, {cell: self.cell_folder(*cell) for cell in self.cells}, self.curves)
+        ends = {cell: result["epochs"] for cell, result in zip(self.cells, results, strict=True)}
+        write_curves(self.out, {cell: self.cell_folder(*cell) for cell in self.cells}, self.curves, ends)
         epochs, images = (span([result[name] for result in results]) for name in ("epochs", "images"))
         seeds = "s" * (len(self.seeds) > 1)
         sizes = ", ".join(f"{key} {value}" for key, value in (self.model.get("model_args") or {}).items())
@@ -420,7 +464,7 @@ class Study:
         environments = [{**json.loads(one), "cells": count} for one, count in seen.items() if one != "null"]
         outcome = Outcome(
             self.title, self.variants, self.seeds, lead, self.measured, [*self.metrics], [*self.curves], costs,
-            self.notes(), self.pictures(), environments, self.timed_on if costs else "",
+            self.notes(), self.pictures(), environments, self.timed_on if costs else "", self.matches,
         )  # fmt: skip
         outcome.write(self.out)
         write_yaml(self.out / "config.yaml", self.config())
@@ -438,7 +482,8 @@ class Study:
         lines: list[str] = []
         changed: dict[str, Any] = {}
         for variant, changes in self.changes.items():
-            changes_shown = [(name, value) for name, value in flat(changes) if name != "connection"]
+            own = ("connection", "match_time")
+            changes_shown = [(name, value) for name, value in flat(changes) if name not in own]
             changed |= dict(changes_shown)
             if changes_shown:
                 what = ", ".join(f"{name} {json.dumps(value)}" for name, value in changes_shown)

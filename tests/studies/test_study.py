@@ -650,7 +650,7 @@ def test_what_a_variant_changes_is_parsed_before_any_training(
 
 FIRST_WAITS = """
 import contextlib, multiprocessing, sys
-from hcvision.study import Study
+from hcvision.studies import Study
 from hcvision_command import main
 
 @contextlib.contextmanager
