@@ -147,14 +147,17 @@ class MatchTime(Callback):
 
 
 class ValidateLast(Callback):
-    """Has a run validate after its last update, also where ``max_steps`` ends it in the middle of an epoch."""
+    """Has a run validate after its last update, also where ``max_steps`` ends it in the middle of an epoch.
+
+    So that the best checkpoint is chosen among all of them. ``step`` says whether it did.
+    """
 
     def __init__(self) -> None:
         self.step = -1  # updates before the last validation
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs, batch, batch_idx) -> None:
         if trainer.max_steps != -1 and trainer.global_step >= trainer.max_steps:
-            trainer.should_stop = True  # Lightning validates then, as for one that stops early
+            trainer.should_stop = True  # Lightning validates then, as where a run stops early
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.step = trainer.global_step

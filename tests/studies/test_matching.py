@@ -16,7 +16,7 @@ from hcvision.data import ImageData
 from hcvision.studies import costs, matching
 from hcvision.studies.matching import MatchTime, read_matches
 from hcvision.studies.repetition import repeat_cell
-from hcvision.studies.reporting import read_study
+from hcvision.studies.reporting import read_curve, read_study
 from hcvision.studies.study import Study
 from hcvision.training import ImageClassifier, StopCleanly, Stopped
 from hcvision_command import main
@@ -112,6 +112,7 @@ def test_a_twin_trains_for_the_time_of_its_variant(make, timed, monkeypatch, tmp
     cell = out / "residual-time" / "seed0"
     scores = scores_of(study, "residual-time")
     assert float(rows["residual-time", 0]["val_loss"]) == pytest.approx(scores["val_loss"], abs=1e-6)
+    assert [*read_curve(cell, ["val_top1"])["val_top1"]] == [0, 1, 2]  # in training, where best.ckpt is chosen
     curves = [row for row in read_csv(out / "curves.csv") if row["variant"] == "residual-time"]
     assert [row["epoch"] for row in curves] == ["1", "2", "2.7778"]
     assert float(curves[-1]["val_top1"]) == pytest.approx(float(rows["residual-time", 0]["top1"]), abs=1e-5)

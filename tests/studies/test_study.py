@@ -114,6 +114,7 @@ DATA = {
     "dataset": "folder", "file_column": "file", "label_column": "label", "multi_label": False, "label_separator": ";",
     "split_seed": 0, "train_split": "train", "val_split": "val", "test_split": "test", "scale": [0.08, 1.0],
     "ratio": [3 / 4, 4 / 3], "hflip": 0.5, "re_prob": 0.0, "no_aug": False, "skip_bad_images": False,
+    "other_logits": "leave_out", "severity": 3,
 }  # fmt: skip
 VARIANTS = {
     "residual": {},
