@@ -74,16 +74,17 @@ if triton is not None:
         K: tl.constexpr = V + S + 1
         t = (tl.program_id(0) * BT + tl.arange(0, BT)).to(tl.int64)
         there = t < T
+        last = tl.minimum(t, T - 1)  # tokens to load: no number is cleared where there are no more
         projected = make_zeros(S * K, BT, LANES)
         square = make_zeros(S, BT, LANES)
         total = make_zeros(S, BT, LANES)
         for start in range(0, E, BC):
             e = start + tl.arange(0, BC)
             mask = there[:, None] & (e < E)[None, :]
-            at = t[:, None] * (S * E) + e[None, :]
-            h = all_float32(load_vectors(streams, at, mask, S, E), S)
+            at = last[:, None] * (S * E) + e[None, :]
+            h = all_float32(load_vectors(streams, at, e, S, E, BC), S)
             if DEPTH:
-                out = load_vectors(output, t[:, None] * (V * E) + e[None, :], mask, V, E)
+                out = load_vectors(output, last[:, None] * (V * E) + e[None, :], e, V, E, BC)
                 out = all_float32(out, V)
                 mixed = ()
                 for j in tl.static_range(S):
@@ -128,13 +129,13 @@ if triton is not None:
             for start in range(0, E, BC):
                 e = start + tl.arange(0, BC)
                 mask = there[:, None] & (e < E)[None, :]
-                at = t[:, None] * (S * E) + e[None, :]
-                h = all_float32(load_vectors(following if DEPTH else streams, at, mask, S, E), S)
+                at = last[:, None] * (S * E) + e[None, :]
+                h = all_float32(load_vectors(following if DEPTH else streams, at, e, S, E, BC), S)
                 for v in tl.static_range(V):
                     view = read[v][:, None] * h[0]
                     for i in tl.static_range(1, S):
                         view += read[i * V + v][:, None] * h[i]
-                    at = t[:, None] * (V * E) + v * E + e[None, :]
+                    at = last[:, None] * (V * E) + v * E + e[None, :]
                     tl.store(views + at, cast(view, views.dtype.element_ty), mask=mask)
 
     @triton.jit
@@ -168,6 +169,7 @@ if triton is not None:
         for tile in range(program, tiles, tl.num_programs(0)):
             t = (tile * BT + tl.arange(0, BT)).to(tl.int64)
             there = t < T
+            last = tl.minimum(t, T - 1)  # tokens to load
             if WIDTH:
                 projected = make_zeros(S * K, BT, LANES)
                 square = make_zeros(S, BT, LANES)
@@ -175,12 +177,11 @@ if triton is not None:
                 through = make_zeros(S * (V + S), BT, LANES)
                 for start in range(0, E, BC):
                     e = start + tl.arange(0, BC)
-                    mask = there[:, None] & (e < E)[None, :]
-                    at = t[:, None] * (S * E) + e[None, :]
-                    h = all_float32(load_vectors(streams, at, mask, S, E), S)
+                    at = last[:, None] * (S * E) + e[None, :]
+                    h = all_float32(load_vectors(streams, at, e, S, E, BC), S)
                     h = apart(h, S, BT, BC, LANES)
-                    g = load_vectors(grad_views, t[:, None] * (V * E) + e[None, :], mask, V, E)
-                    g = g + load_vectors(grad_carried, at, mask, S, E)
+                    g = load_vectors(grad_views, last[:, None] * (V * E) + e[None, :], e, V, E, BC)
+                    g = g + load_vectors(grad_carried, at, e, S, E, BC)
                     g = apart(all_float32(g, V + S), V + S, BT, BC, LANES)
                     more = ()
                     for i in tl.static_range(S):
@@ -192,6 +193,7 @@ if triton is not None:
                             projected, square, total, h, rows, e, S, K, E, NORM, CENTER, BT, BC, LANES
                         )
                 to_sums = tl.zeros([BT, CP], tl.float32)  # of the gradients of static and scale, (S, K) and (K,)
+                to_scale = ()  # (S, K), to be added up over streams
                 coefficients = ()  # alpha, (S, V + S)
                 back = ()  # what goes back through the rows, (S, K)
                 backs = ()  # the same as terms of a tile (KP, BT) for each stream
@@ -207,7 +209,7 @@ if triton is not None:
                         column = tl.zeros([BT, KP], tl.float32)
                     for k in tl.static_range(K):
                         if k < V + S:
-                            grad = tl.sum(through[i * (V + S) + k], axis=1)
+                            grad = tl.where(there, tl.sum(through[i * (V + S) + k], axis=1), 0.0)
                             if HAS_GRAD_ALPHA:
                                 grad += tl.load(grad_alpha + t * (S * (V + S)) + i * (V + S) + k, mask=there, other=0.0)
                         else:
@@ -221,7 +223,7 @@ if triton is not None:
                             if TANH:
                                 dynamic, slope = tanh(raw)
                             number += factor * dynamic
-                            to_sums = add_to_column(to_sums, grad * dynamic, S * K + k, CP)
+                            to_scale = to_scale + (grad * dynamic,)
                             grad = grad * factor
                             if TANH:
                                 grad = grad * slope
@@ -239,6 +241,12 @@ if triton is not None:
                         for n in tl.static_range(BACK_TERMS):
                             transposed = transposed + (tl.trans(terms[n]),)
                         backs = backs + (transposed,)
+                if DYNAMIC:
+                    for k in tl.static_range(K):
+                        grad = to_scale[k]
+                        for i in tl.static_range(1, S):
+                            grad += to_scale[i * K + k]
+                        to_sums = add_to_column(to_sums, grad, S * K + k, CP)
                 number = tl.arange(0, CP)
                 mine = number < S * K + K
                 tl.atomic_add(sums + K * E + number, tl.sum(to_sums, axis=0), mask=mine, sem="relaxed")
@@ -248,9 +256,10 @@ if triton is not None:
             for start in range(0, E, BC):
                 e = start + tl.arange(0, BC)
                 mask = there[:, None] & (e < E)[None, :]
-                at = t[:, None] * (S * E) + e[None, :]
+                at = last[:, None] * (S * E) + e[None, :]
+                at_views = last[:, None] * (V * E) + e[None, :]
                 if WIDTH:
-                    loaded = load_vectors(streams, at, mask, S, E)
+                    loaded = load_vectors(streams, at, e, S, E, BC)
                     h = all_float32(loaded, S)
                     if DYNAMIC:
                         to_rows = tl.zeros([KP, BC], tl.float32)
@@ -260,9 +269,9 @@ if triton is not None:
                         k_at = tl.arange(0, KP)[:, None]
                         of_rows = (k_at < K) & (e < E)[None, :]
                         tl.atomic_add(sums + k_at * E + e[None, :], to_rows, mask=of_rows, sem="relaxed")
-                g = all_float32(load_vectors(grad_carried, at, mask, S, E), S)
+                g = all_float32(load_vectors(grad_carried, at, e, S, E, BC), S)
                 if WIDTH:
-                    to_views = load_vectors(grad_views, t[:, None] * (V * E) + e[None, :], mask, V, E)
+                    to_views = load_vectors(grad_views, at_views, e, V, E, BC)
                     g = all_float32(to_views, V) + g
                     to_streams = ()
                     for i in tl.static_range(S):
@@ -287,7 +296,7 @@ if triton is not None:
                         tl.store(grad_streams + at + i * E, new, mask=mask)
                         g = g + (to_float32(new),)
                 if DEPTH:
-                    out = load_vectors(output, t[:, None] * (V * E) + e[None, :], mask, V, E)
+                    out = load_vectors(output, at_views, e, V, E, BC)
                     out = apart(all_float32(out, V), V, BT, BC, LANES)
                     to_next = apart(g, S, BT, BC, LANES)
                     more = ()
@@ -298,7 +307,7 @@ if triton is not None:
                         new = write[v][:, None] * g[v]
                         for i in tl.static_range(v + V, S, V):  # every stream took the one output of HC
                             new += write[i][:, None] * g[i]
-                        place = grad_output + t[:, None] * (V * E) + v * E + e[None, :]
+                        place = grad_output + at_views + v * E
                         tl.store(place, cast(new, grad_output.dtype.element_ty), mask=mask)
             if DEPTH:
                 to_beta = tl.zeros([BT, SP], tl.float32)

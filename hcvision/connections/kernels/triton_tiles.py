@@ -163,11 +163,15 @@ if triton is not None:
         return sums
 
     @triton.jit
-    def load_vectors(base, offsets, mask, NUMBER: tl.constexpr, E: tl.constexpr):
-        """NUMBER vectors (BT, BC) that lie E apart, as they are."""
+    def load_vectors(base, offsets, e, NUMBER: tl.constexpr, E: tl.constexpr, BC: tl.constexpr):
+        """NUMBER vectors (BT, BC) that lie E apart, as they are; of their columns e some may be past the end."""
         vectors = ()
         for i in tl.static_range(NUMBER):
-            vectors = vectors + (tl.load(base + offsets + i * E, mask=mask, other=0.0),)
+            if E % BC == 0:
+                vectors = vectors + (tl.load(base + offsets + i * E),)
+            else:
+                mask = tl.broadcast_to((e < E)[None, :], offsets.shape)
+                vectors = vectors + (tl.load(base + offsets + i * E, mask=mask, other=0.0),)
         return vectors
 
     @triton.jit
@@ -180,8 +184,8 @@ if triton is not None:
     @triton.jit
     def load_row(base, e, E: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr):
         """One vector for all tokens, (BT, BC): each warp loads it for itself, so that none waits for another."""
-        at = tl.broadcast_to(e[None, :], [BT, BC])
-        return tl.load(base + at, mask=at < E, other=0.0)
+        (row,) = load_vectors(base, tl.broadcast_to(e[None, :], [BT, BC]), e, 1, E, BC)
+        return row
 
     @triton.jit
     def load_numbers(base, first, mask, NUMBER: tl.constexpr):
