@@ -1,4 +1,4 @@
-"""Twins of a study held against each other, seed by seed: the differences of top-1 and of the validation loss.
+"""Twins of a study held against each other, seed by seed: the differences of scores and of the validation loss.
 
     python benchmarks/pairs.py docs/results/fashion_mnist_stream_dtype
     python benchmarks/pairs.py FOLDER dhc2-bf16:dhc2 dfc4-bf16:dfc4
@@ -15,7 +15,11 @@ from pathlib import Path
 from hcvision.data import markdown
 from hcvision.studies import interval
 
-COLUMNS = {"top1": ("top-1, points", 100.0, 2), "val_loss": ("validation loss", 1.0, 4)}
+COLUMNS = {  # of results.csv, those that there are: heading, factor, digits
+    "top1": ("top-1, points", 100.0, 2),
+    "distance": ("Fréchet distance", 1.0, 2),
+    "val_loss": ("validation loss", 1.0, 4),
+}
 
 
 def find_pairs(variants: list[str]) -> list[tuple[str, str]]:
@@ -33,6 +37,8 @@ def compare(rows: list[dict[str, str]], one: str, other: str) -> list[str]:
         raise SystemExit(f"{one} and {other} have {len(seeds)} seeds in common; an interval needs two at least")
     shown = [f"{one} - {other}", str(len(seeds))]
     for name, (_, factor, digits) in COLUMNS.items():
+        if name not in rows[0]:
+            continue
         differences = [factor * (float(cells[one, seed][name]) - float(cells[other, seed][name])) for seed in seeds]
         mean, half = statistics.mean(differences), interval(differences)
         shown.append(f"{mean:+.{digits}f} [{mean - half:+.{digits}f}, {mean + half:+.{digits}f}]")
@@ -53,13 +59,8 @@ def main(arguments: list[str] | None = None) -> None:
     wrong = [":".join(pair) for pair in pairs if len(pair) != 2 or not set(pair) <= set(variants)]
     if wrong or not pairs:
         parser.error(f"pairs must be ONE:OTHER of {', '.join(variants)}, got {', '.join(wrong) or 'none'}")
-    print(
-        "\n".join(
-            markdown(
-                [["pair", "seeds", *(about for about, *_ in COLUMNS.values())], *(compare(rows, *p) for p in pairs)]
-            )
-        )
-    )
+    heading = ["pair", "seeds", *(about for name, (about, *_) in COLUMNS.items() if name in rows[0])]
+    print("\n".join(markdown([heading, *(compare(rows, *pair) for pair in pairs)])))
 
 
 if __name__ == "__main__":

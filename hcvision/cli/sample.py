@@ -41,8 +41,8 @@ def sample(
         classes: names or numbers of the classes wanted; all if not given.
         guidance: scale of classifier-free guidance; 1 is none.
         guided_channels: of the first channels only; the published DiT numbers are with 3; null for all.
-        steps: of the sampler; 250 for DDPM, 50 for velocity if not given.
-        sampler: ddpm or ddim; heun or euler for velocity.
+        steps: of the sampler; 250 for ddpm, 50 for the others if not given.
+        sampler: ddpm or ddim; heun or euler for velocity and image.
         seed: of the noise; image i depends on it and on i alone.
         batch_size: images at a time, per device.
         npz: write samples.npz too: arr_0, (N, H, W, 3), uint8, as ADM's evaluator reads it.
@@ -50,7 +50,7 @@ def sample(
             size and the channels are read in the file.
         model_args: more arguments of the model that the file is of.
         connection: the same file's connection.
-        objective: the same file's objective, ddpm or velocity.
+        objective: the same file's objective: ddpm, velocity or image.
         vae: name or folder of the VAE; the checkpoint's if not given.
         accelerator: Lightning's.
         devices: Lightning's.

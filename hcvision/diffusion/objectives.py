@@ -1,7 +1,8 @@
-"""Diffusion for DiT: two objectives with one interface, their samplers, and classifier-free guidance.
+"""Diffusion for DiT: objectives with one interface, their samplers, and classifier-free guidance.
 
 ``DDPM`` predicts the noise of 1000 linear steps and its variance (arXiv 2102.09672, as DiT trains);
-``LinearPath`` the velocity from noise to data (arXiv 2401.08740, SiT). Both have::
+``LinearPath`` the velocity from noise to data (arXiv 2401.08740, SiT), ``ImagePath`` the image on the same path (arXiv
+2511.13720, JiT). All have::
 
     diffusion.loss(model, x, y)               # (B,), to average and to minimise
     diffusion.sample(model, noise, y, steps)  # noise to images
@@ -233,8 +234,13 @@ class LinearPath:
         """The loss of each image, (B,), at times t and with noise, drawn if not given. x is (B, C, H, W), y is (B,)."""
         t = self.draw_time(len(x), x.device) if t is None else t
         noise = torch.randn_like(x) if noise is None else noise
-        prediction = model(self.add_noise(x, t, noise), t, y).to(x.dtype)[:, : x.shape[1]]
-        return (prediction - (x - noise)).square().flatten(1).mean(1)
+        between = self.add_noise(x, t, noise)
+        prediction = model(between, t, y).to(x.dtype)[:, : x.shape[1]]
+        return (self.find_velocity(prediction, between, t) - (x - noise)).square().flatten(1).mean(1)
+
+    def find_velocity(self, prediction: Tensor, x: Tensor, t: Tensor) -> Tensor:
+        """The velocity that the model's prediction means for x_t (B, C, H, W) at times t (B,)."""
+        return prediction
 
     @torch.no_grad()
     def sample(
@@ -257,7 +263,8 @@ class LinearPath:
         self.check_steps(steps)
 
         def velocity(x: Tensor, t: float) -> Tensor:
-            return model(x, torch.full((len(x),), t, device=x.device)).to(x.dtype)[:, : x.shape[1]]
+            times = torch.full((len(x),), t, device=x.device)
+            return self.find_velocity(model(x, times).to(x.dtype)[:, : x.shape[1]], x, times)
 
         x = noise
         for i in range(steps):
@@ -271,7 +278,23 @@ class LinearPath:
             yield result.clamp(-1, 1) if self.clip else result
 
 
-OBJECTIVES: dict[str, Callable[..., DDPM | LinearPath]] = {"ddpm": DDPM, "velocity": LinearPath}
+class ImagePath(LinearPath):
+    """The same path and loss, and a model that predicts the image (JiT, arXiv 2511.13720, eq. 5-6).
+
+    Its velocity is (prediction - x_t) / (1 - t), and the loss that of the velocity. Where the pixels of a patch
+    outnumber the channels of a model it can say what an image looks like, but not what noise was added to it. Near the
+    image 1 - t is not less than ``nearest``, as in the paper. Times are uniform, as those of ``LinearPath``; the paper
+    draws them logit-normal.
+    """
+
+    nearest = 0.05
+
+    def find_velocity(self, prediction: Tensor, x: Tensor, t: Tensor) -> Tensor:
+        """See ``LinearPath``."""
+        return (prediction - x) / (1 - expand(t, x)).clamp(min=self.nearest)
+
+
+OBJECTIVES: dict[str, Callable[..., DDPM | LinearPath]] = {"ddpm": DDPM, "velocity": LinearPath, "image": ImagePath}
 
 
 def check_sampler(sampler: str, known: tuple[str, ...]) -> None:

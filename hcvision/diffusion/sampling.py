@@ -29,7 +29,7 @@ class Sampling:
     """How images are drawn.
 
     Args:
-        steps: of the sampler; the objective's default if None (DDPM 250, velocity 50).
+        steps: of the sampler; the objective's default if None (ddpm 250, velocity and image 50).
         sampler: ddpm or ddim, heun or euler; the first of the objective if None.
         guidance: scale of classifier-free guidance; 1 is none.
         guided_channels: of the first channels; None guides all.

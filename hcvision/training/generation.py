@@ -30,13 +30,13 @@ from hcvision.training.module import TimmModule
 
 
 class ImageGenerator(TimmModule):
-    """Diffusion: a DiT trained to predict noise or velocity, its pictures, and all of ``TimmModule``.
+    """Diffusion: a DiT trained to predict noise, velocity or the image, its pictures, and all of ``TimmModule``.
 
     Times and noise of an evaluation image depend on the seed and on its number alone.
 
     Args:
         model: timm name of a DiT, for example ``dit_b_patch2_256``.
-        objective: ``ddpm`` or ``velocity``; see ``hcvision.diffusion``.
+        objective: what is predicted: ``ddpm`` (the noise), ``velocity`` or ``image``; see ``hcvision.diffusion``.
         label_dropout: probability that a class is replaced by none, which guidance needs.
         vae: name or folder of the VAE that made the latents; None for a model of pixels.
         sample_every: epochs from one sample grid to the next; 0 draws none.

@@ -7,7 +7,7 @@ import diffusers
 import pytest
 import torch
 
-from hcvision.diffusion.objectives import DDPM, LinearPath, discrete_log_likelihood, guide
+from hcvision.diffusion.objectives import DDPM, ImagePath, LinearPath, discrete_log_likelihood, guide
 
 
 def last(images):
@@ -211,6 +211,40 @@ def test_velocity_evaluations():
         assert calls[0] == 0
 
 
+def test_image_loss():
+    """The velocity's loss, of the velocity that leads to the predicted image; its factor is 400 at most."""
+    model, (x, y, noise) = Linear(), batch()
+    t = torch.tensor([0.0, 0.2, 0.5, 0.9, 0.99], dtype=torch.float64)
+    at = t[:, None, None, None]
+    predicted = model(at * x + (1 - at) * noise, t, y)[:, :3]
+    found = ImagePath().loss(model, x, y, t, noise)
+    expected = ((predicted - x) / (1 - at)).square().mean((1, 2, 3))
+    torch.testing.assert_close(found[:4], expected[:4])
+    slope = (predicted - (at * x + (1 - at) * noise)) / 0.05
+    torch.testing.assert_close(found[4], (slope - (x - noise)).square().mean((1, 2, 3))[4])
+    assert ImagePath().loss(lambda *_: x, x, y, t.clamp(max=0.9), noise).max() < 1e-20
+
+
+@pytest.mark.parametrize("sampler", ["euler", "heun"])
+def test_image_sampler(sampler):
+    """The exact image of a Gaussian leads where its exact velocity does, up to the last step's bound on 1 - t."""
+    noise = batch()[2]
+
+    def velocity(x, t):  # images are N(0.3, 0.5^2)
+        at = t[:, None, None, None].double()
+        return 0.3 + (at * 0.25 - (1 - at)) * (x - at * 0.3) / (at**2 * 0.25 + (1 - at) ** 2)
+
+    def image(x, t):
+        return x + (1 - t[:, None, None, None].double()) * velocity(x, t)
+
+    ours = list(ImagePath().sample(image, noise, 20, sampler))
+    theirs = list(LinearPath().sample(velocity, noise, 20, sampler))
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b)
+    finer = last(ImagePath().sample(image, noise, 200, sampler))
+    assert 0 < (finer - last(LinearPath().sample(velocity, noise, 200, sampler))).abs().max() < 0.05
+
+
 # guidance
 
 
@@ -238,7 +272,7 @@ def test_training_decreases_the_loss():
     """Draws its own times and noise when none are given."""
     torch.manual_seed(0)
     x, y, _ = batch()
-    for diffusion in (DDPM(), LinearPath()):
+    for diffusion in (DDPM(), LinearPath(), ImagePath()):
         model = Linear()
         optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
         losses = []
