@@ -10,12 +10,11 @@ import io
 import math
 import zlib
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
-from torch.nn import functional as F
 
 from hcvision.data.arguments import check_name, check_number
 
@@ -132,6 +131,7 @@ def to_image(pixels: Pixels) -> Image.Image:
     return Image.fromarray(values[..., 0] if values.shape[2] == 1 else values)
 
 
+@cache
 def make_disk(radius: int, sigma: float) -> Any:
     """A disk of pixels within this radius, smoothed by a Gaussian of 3 x 3 pixels (5 x 5 above 8): (D, D), sum 1."""
     size = max(radius, 8)
@@ -144,11 +144,15 @@ def make_disk(radius: int, sigma: float) -> Any:
 
 
 def filter_pixels(x: Pixels, kernel: Any) -> Pixels:
-    """The mean of the pixels around each one by the weights of a kernel (D, D), D odd; beyond an edge is its mirror."""
+    """The mean of the pixels around each one by the weights of a kernel (D, D), D odd; beyond an edge is its mirror.
+
+    By Fourier transforms: a kernel of 21 x 21 would be 441 passes.
+    """
     pad = len(kernel) // 2
-    padded = torch.from_numpy(np.pad(x, ((pad, pad), (pad, pad), (0, 0)), mode="reflect")).permute(2, 0, 1)
-    weights = torch.from_numpy(np.ascontiguousarray(kernel))[None, None]
-    return F.conv2d(padded[:, None], weights)[:, 0].permute(1, 2, 0).numpy()
+    padded = np.pad(x, ((pad, pad), (pad, pad), (0, 0)), mode="reflect")
+    size = padded.shape[:2]
+    weights = np.fft.rfft2(kernel[::-1, ::-1], s=size)[..., None]
+    return np.fft.irfft2(np.fft.rfft2(padded, axes=(0, 1)) * weights, s=size, axes=(0, 1))[2 * pad :, 2 * pad :]
 
 
 def smear(x: Pixels, weights: Any, angle: float) -> Pixels:

@@ -106,6 +106,17 @@ def test_disk(radius, sigma):
     np.testing.assert_allclose(filter_pixels(np.ones((12, 12, 3)), disk), 1, atol=1e-12)
 
 
+def test_filter_by_hand():
+    """Weights right of and below the middle are for the pixels right of and below; beyond an edge is its mirror."""
+    x = np.arange(12.0).reshape(3, 4, 1)
+    kernel = np.zeros((3, 3))
+    kernel[1, 2], kernel[2, 1] = 0.75, 0.25
+    expected = [[0.75 * 1 + 0.25 * 4, 0.75 * 2 + 0.25 * 5, 0.75 * 3 + 0.25 * 6, 0.75 * 2 + 0.25 * 7]]
+    expected += [[0.75 * 5 + 0.25 * 8, 0.75 * 6 + 0.25 * 9, 0.75 * 7 + 0.25 * 10, 0.75 * 6 + 0.25 * 11]]
+    expected += [[0.75 * 9 + 0.25 * 4, 0.75 * 10 + 0.25 * 5, 0.75 * 11 + 0.25 * 6, 0.75 * 10 + 0.25 * 7]]
+    np.testing.assert_allclose(filter_pixels(x, kernel)[..., 0], expected, atol=1e-12)
+
+
 def test_jpeg():
     """Of the quality that is asked: what Pillow itself writes and reads."""
     import io
