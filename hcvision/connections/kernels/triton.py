@@ -350,11 +350,12 @@ def tile_sizes(S: int, V: int, E: int, itemsize: int) -> dict[str, int]:
     return {"BT": 32, "BC": columns, "LANES": LANES, **padded, "num_warps": 4}
 
 
-def _programs(tiles: int, device: torch.device) -> int:
-    """How many programs go through the tiles in backward; each has a buffer for its sums over tokens."""
+def _programs(tiles: int, device: torch.device, large: bool) -> int:
+    """How many programs go through the tiles in backward: as many as run at a time. Each has a buffer for its sums."""
     if device.type != "cuda":
         return min(tiles, 2)
-    return min(tiles, 2 * torch.cuda.get_device_properties(device).multi_processor_count)
+    at_a_time = 2 if large else 4  # on a multiprocessor, by the registers that they take
+    return min(tiles, at_a_time * torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def _launch(kernel: Any, programs: int, tensors: list[Optional[Tensor]], numbers: list[int], options: dict) -> None:
@@ -390,7 +391,8 @@ def backward(
         return grads
     tile = tile_sizes(S, V, E, grad_carried.element_size())
     tiles = triton.cdiv(T, tile["BT"])
-    programs = tiles if static is None else _programs(tiles, grad_carried.device)
+    large = rows is not None and S > 2
+    programs = tiles if static is None else _programs(tiles, grad_carried.device, large)
     options = {"S": S, "V": V, "E": E, **_options(output, static, rows, flags), **tile}
     options["HAS_GRAD_ALPHA"] = grad_alpha is not None
     sums = None
