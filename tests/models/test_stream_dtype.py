@@ -10,6 +10,7 @@ from conftest import TINY, randomize
 import hcvision
 from hcvision.connections.names import build_connection
 from hcvision.models.conversion import convert, set_stream_dtype
+from hcvision.studies.insight.unfolding import unfolded_matrix, watch
 
 BF16 = torch.bfloat16
 KINDS = ("shc2", "dhc2", "dhc4", "dfc2", "mhc2", "ihc4", "ghc2x3")
@@ -139,6 +140,19 @@ def test_ways(connection):
     with torch.autocast("cpu", torch.bfloat16):
         model(x)
     assert dtypes == [BF16]
+
+
+@pytest.mark.parametrize("connection", ["dhc2", "dfc2"])
+def test_a_model_is_looked_into(connection):
+    """Who reads whom, and the streams, as they are stored."""
+    model = randomize(twin("vit_tiny_patch16_224", connection, TINY), std=0.05)
+    x, seen = torch.randn(2, 3, 32, 32), []
+    before = unfolded_matrix(model, x)
+    set_stream_dtype(model, BF16)
+    torch.testing.assert_close(unfolded_matrix(model, x), before, rtol=0.02, atol=0.02)
+    with watch(model.blocks, seen.append):
+        model(x)
+    assert {(passage.streams.dtype, passage.after.dtype) for passage in seen} == {(BF16, BF16)}
 
 
 def test_saved_bytes():

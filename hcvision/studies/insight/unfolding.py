@@ -72,7 +72,7 @@ def _wrap(connection: Any, previous: Any, note: Callable[[Passage], None], enter
 
     def width_connection(x: Tensor) -> Any:
         view, carried = width(x)
-        before.append((x, view))
+        before.append((carried[0].flatten(-2), view))  # x in the type in which streams are stored
         return view, carried
 
     def depth_connection(branch_output: Tensor, carried: Any) -> Tensor:
