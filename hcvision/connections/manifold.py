@@ -105,10 +105,7 @@ class ManifoldConnection(StreamConnection):
         """See ``StreamConnection``."""
         phi, scale, bias = self.rule()
         alpha, beta = manifold_weights(streams, phi, scale, bias)
-        if torch.jit.is_scripting():
-            return reference.read_streams(streams, alpha, beta, 1)
-        else:
-            return steps.read_streams(streams, alpha, beta, 1)
+        return steps.read_streams(streams, alpha, beta, 1)
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}, rate={self.rate}, layer_index={self.layer_index}"

@@ -4,6 +4,9 @@ Four forms, one update rule: kernels for a GPU (``triton``) and for a CPU (``nat
 operations of ``reference.py`` as they are; and ``eager.py``, the same operations with a backward that keeps less.
 Torch FX takes each step as one node. Letters in shapes are those of ``hcvision.connections``.
 
+TorchScript compiles all that it sees, behind a trace of FX too, and that cannot be kernels or functions of autograd.
+There a step is its function in ``reference.py``; nothing below knows of it.
+
 Between the two steps go four **parts of the carried streams**: the streams that were read (..., S, E); alpha
 (..., S, V+S) and beta (..., S), in float32 at least; and a placeholder (..., S, E), which stands in the graph of
 gradients for the carried streams alpha_r^T @ H until the second step forms them (``eager.py``). A placeholder
@@ -29,17 +32,20 @@ def width_connection(streams: Tensor, rule: Rule, options: Options) -> Tuple[Ten
 
     The parameters and options are those of ``StreamConnection``.
     """
-    norm, center, tanh, backend = options
-    views = rule[0].shape[1] - rule[0].shape[0]
-    with without_autocast(streams.device.type):
-        form = choose_form(streams, views, backend, has_kernel=rule[1].dim() == 1)
-        if form == "operations":
-            return reference.width_connection(streams, rule, options)
-        if form == "eager":
-            return eager.width_connection(streams, rule, options)
-        weights = prepare(rule, center and norm, streams.dtype)
-        mixed, alpha, beta, placeholder = operators.width(streams, *weights, norm, center, tanh, form == "native")
-    return mixed.flatten(-2), streams, alpha, beta, placeholder
+    if torch.jit.is_scripting():
+        return reference.width_connection(streams, rule, options)
+    else:
+        norm, center, tanh, backend = options
+        views = rule[0].shape[1] - rule[0].shape[0]
+        with without_autocast(streams.device.type):
+            form = choose_form(streams, views, backend, has_kernel=rule[1].dim() == 1)
+            if form == "operations":
+                return reference.width_connection(streams, rule, options)
+            if form == "eager":
+                return eager.width_connection(streams, rule, options)
+            weights = prepare(rule, center and norm, streams.dtype)
+            mixed, alpha, beta, placeholder = operators.width(streams, *weights, norm, center, tanh, form == "native")
+        return mixed.flatten(-2), streams, alpha, beta, placeholder
 
 
 @torch.fx.wrap
@@ -50,15 +56,21 @@ def read_streams(
 
     An alpha (..., S) is that of one view, and carries the streams as they are.
     """
-    form = reference if needs_operations() else eager
-    with without_autocast(streams.device.type):
-        return form.read_streams(streams, alpha, beta, views)
+    if torch.jit.is_scripting():
+        return reference.read_streams(streams, alpha, beta, views)
+    else:
+        form = reference if needs_operations() else eager
+        with without_autocast(streams.device.type):
+            return form.read_streams(streams, alpha, beta, views)
 
 
 @torch.fx.wrap
 def carry_streams(streams: Tensor, alpha: Tensor, beta: Tensor, views: int) -> Tensor:
     """The placeholder of streams (..., S, E) that are to be carried, where they are not those that were read."""
-    return streams if needs_operations() else eager.read_streams(streams, alpha, beta, views)[-1]
+    if torch.jit.is_scripting():
+        return streams
+    else:
+        return streams if needs_operations() else eager.read_streams(streams, alpha, beta, views)[-1]
 
 
 @torch.fx.wrap
@@ -66,17 +78,20 @@ def depth_connection(
     streams: Tensor, output: Tensor, alpha: Tensor, beta: Tensor, placeholder: Tensor, backend: str
 ) -> Tensor:
     """The second step: the next streams (..., S*E) from the branch output (..., V, E) and the carried streams."""
-    views, form = output.shape[-2], "operations"
-    if placeholder is not streams:
-        form = choose_form(streams, views, backend, has_kernel=alpha.dim() > beta.dim())
-    with without_autocast(streams.device.type):
-        if form == "operations":
-            return reference.depth_connection(streams, output, alpha, beta)
-        if form == "eager":
-            return eager.depth_connection(streams, output, alpha, beta, placeholder)
-        output = operators.take_type(output, streams)
-        parts = (placeholder, streams.detach(), output, alpha.detach(), beta)
-        return operators.depth(*parts, form == "native").flatten(-2)
+    if torch.jit.is_scripting():
+        return reference.depth_connection(streams, output, alpha, beta)
+    else:
+        views, form = output.shape[-2], "operations"
+        if placeholder is not streams:
+            form = choose_form(streams, views, backend, has_kernel=alpha.dim() > beta.dim())
+        with without_autocast(streams.device.type):
+            if form == "operations":
+                return reference.depth_connection(streams, output, alpha, beta)
+            if form == "eager":
+                return eager.depth_connection(streams, output, alpha, beta, placeholder)
+            output = operators.take_type(output, streams)
+            parts = (placeholder, streams.detach(), output, alpha.detach(), beta)
+            return operators.depth(*parts, form == "native").flatten(-2)
 
 
 @torch.fx.wrap
@@ -84,17 +99,22 @@ def join_connections(
     streams: Tensor, output: Tensor, alpha: Tensor, beta: Tensor, placeholder: Tensor, rule: Rule, options: Options
 ) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """``depth_connection``, and ``width_connection`` of the streams that it gives, with the next rule."""
-    norm, center, tanh, backend = options
-    views, form = output.shape[-2], "operations"
-    if placeholder is not streams:
-        form = choose_form(streams, views, backend, has_kernel=alpha.dim() > beta.dim())
-    if form in ("operations", "eager"):
-        x = depth_connection(streams, output, alpha, beta, placeholder, backend)
-        return width_connection(layout.split_last(x, streams.shape[-2]), rule, options)
-    weights = prepare(rule, center and norm, streams.dtype)
-    parts = (placeholder, streams.detach(), operators.take_type(output, streams), alpha.detach(), beta)
-    streams, mixed, alpha, beta, placeholder = operators.join(*parts, *weights, norm, center, tanh, form == "native")
-    return mixed.flatten(-2), streams, alpha, beta, placeholder
+    if torch.jit.is_scripting():
+        x = reference.depth_connection(streams, output, alpha, beta)
+        return reference.width_connection(layout.split_last(x, streams.shape[-2]), rule, options)
+    else:
+        norm, center, tanh, backend = options
+        views, form = output.shape[-2], "operations"
+        if placeholder is not streams:
+            form = choose_form(streams, views, backend, has_kernel=alpha.dim() > beta.dim())
+        if form in ("operations", "eager"):
+            x = depth_connection(streams, output, alpha, beta, placeholder, backend)
+            return width_connection(layout.split_last(x, streams.shape[-2]), rule, options)
+        weights = prepare(rule, center and norm, streams.dtype)
+        parts = (placeholder, streams.detach(), operators.take_type(output, streams), alpha.detach(), beta)
+        joined = operators.join(*parts, *weights, norm, center, tanh, form == "native")
+        streams, mixed, alpha, beta, placeholder = joined
+        return mixed.flatten(-2), streams, alpha, beta, placeholder
 
 
 def project(x: Tensor, rows: Tensor) -> Tensor:

@@ -19,9 +19,6 @@ class StreamConnection(Connection):
 
     Between the steps go the carried streams in four parts: the streams that were read (..., S, E), alpha (..., S, V+S),
     beta (..., S), and a placeholder (..., S, E) for the carried streams in the graph of gradients.
-
-    TorchScript compiles all that it sees, which cannot be kernels or functions of autograd. There a step is its
-    function in ``reference.py``, and else its function in ``steps.py``, which chooses; nothing below knows of it.
     """
 
     has_kernels = True  # whether any step has a kernel
@@ -136,10 +133,10 @@ class StreamConnection(Connection):
         streams, alpha, beta, placeholder = carried
         output = layout.split_output(branch_output, streams, self.views)
         if torch.jit.is_scripting():
-            return reference.depth_connection(streams, output, alpha, beta)
-        else:
-            step = recomputation.depth_connection if records and torch.is_grad_enabled() else steps.depth_connection
-            return step(streams, output, alpha, beta, placeholder, self.backend)
+            pass
+        elif records and torch.is_grad_enabled():
+            return recomputation.depth_connection(streams, output, alpha, beta, placeholder, self.backend)
+        return steps.depth_connection(streams, output, alpha, beta, placeholder, self.backend)
 
     def join(
         self, branch_output: Tensor, carried: Tuple[Tensor, Tensor, Tensor, Tensor]
@@ -166,10 +163,7 @@ class StreamConnection(Connection):
         """
         _, alpha, beta, _ = carried
         streams = layout.split_streams(x, self.streams, self.stream_dim)
-        if torch.jit.is_scripting():
-            return streams, alpha, beta, streams
-        else:
-            return streams, alpha, beta, steps.carry_streams(streams, alpha, beta, self.views)
+        return streams, alpha, beta, steps.carry_streams(streams, alpha, beta, self.views)
 
 
 class MixingConnection(StreamConnection):
@@ -261,26 +255,22 @@ class MixingConnection(StreamConnection):
 
     def read(self, streams: Tensor) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Streams (..., S, E) -> the branch input (..., V*E), and the carried streams in four parts."""
-        if torch.jit.is_scripting():
-            return reference.width_connection(streams, self.rule(), self.options())
-        else:
-            return steps.width_connection(streams, self.rule(), self.options())
+        return steps.width_connection(streams, self.rule(), self.options())
 
     def join(
         self, branch_output: Tensor, carried: Tuple[Tensor, Tensor, Tensor, Tensor]
     ) -> Tuple[Tensor, Tuple[Tensor, Tensor, Tensor, Tensor]]:
         """See ``StreamConnection``."""
         if torch.jit.is_scripting():
-            return self.width_connection(self.write(branch_output, carried, False))
-        else:
-            if self.recompute:
-                return self.width_connection(self.write(branch_output, carried, True))
-            streams, alpha, beta, placeholder = carried
-            output = layout.split_output(branch_output, streams, self.views)
-            parts = (streams, output, alpha, beta, placeholder)
-            joined = steps.join_connections(*parts, self.rule(), self.options())
-            view, streams, alpha, beta, placeholder = joined
-            return self.hand_over(view), (streams, alpha, beta, placeholder)
+            pass
+        elif self.recompute:
+            return self.width_connection(self.write(branch_output, carried, True))
+        streams, alpha, beta, placeholder = carried
+        output = layout.split_output(branch_output, streams, self.views)
+        view, streams, alpha, beta, placeholder = steps.join_connections(
+            streams, output, alpha, beta, placeholder, self.rule(), self.options()
+        )
+        return self.hand_over(view), (streams, alpha, beta, placeholder)
 
     def extra_repr(self) -> str:
         options = "".join(f", {name}=False" for name in ("tanh", "norm") if not getattr(self, name))

@@ -693,10 +693,11 @@ def test_trace(name):
 
 @pytest.mark.parametrize("name", ["residual", *SEVEN])
 def test_fx(name):
-    """Symbolic tracing takes each step as one node."""
+    """Symbolic tracing takes each step as one node, and what it gives goes through TorchScript."""
     module, x = sublayer_and_input(name)
     traced = torch.fx.symbolic_trace(module)
     assert_same(traced, module, x)
+    assert_same(torch.jit.script(traced), module, x)
     if name != "residual":
         called = [node.target.__name__ for node in traced.graph.nodes if node.op == "call_function"]
         first = "read_streams" if name in ("mhc2", "ihc2") else "width_connection"
