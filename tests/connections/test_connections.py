@@ -691,6 +691,7 @@ def test_trace(name):
     assert_same(traced, module, torch.randn(1, 7, x.shape[-1], dtype=torch.float64))
 
 
+@pytest.mark.filterwarnings("ignore:The TorchScript type system")  # of the test's own branch
 @pytest.mark.parametrize("name", ["residual", *SEVEN])
 def test_fx(name):
     """Symbolic tracing takes each step as one node, and what it gives goes through TorchScript."""
