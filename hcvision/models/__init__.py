@@ -14,7 +14,14 @@ from hcvision.models.dit import NAMES as dit_names
 from hcvision.models.dit import TRUNK, DiT, read_sizes
 from hcvision.models.families import BLOCKS
 from hcvision.models.grafting import own_class
-from hcvision.models.names import checkpoint_filter_fn, coverage, create_model, hcvision_converted, register
+from hcvision.models.names import (
+    checkpoint_filter_fn,
+    coverage,
+    create_model,
+    hcvision_converted,
+    register,
+    register_if_new,
+)
 from hcvision.models.stages import stages
 from hcvision.models.vit import NAMES as vit_names
 
@@ -34,6 +41,7 @@ __all__ = [
     "read_sizes",
     "recompute_streams",
     "register",
+    "register_if_new",
     "set_stream_dtype",
     "stages",
     "vit_names",

@@ -1,5 +1,6 @@
 """What every task shares: a timm model, its weights, optimizer, schedule and average."""
 
+import contextlib
 import os
 import warnings
 from typing import Any, Literal
@@ -15,7 +16,7 @@ from timm.optim import list_optimizers
 from torch import Tensor, nn
 
 from hcvision.data import ImageData, check_name, check_number, has_compiler, refusals
-from hcvision.models import checkpoint_filter_fn, create_model, recompute_streams, set_stream_dtype
+from hcvision.models import checkpoint_filter_fn, create_model, recompute_streams, register_if_new, set_stream_dtype
 from hcvision.training.checkpoints import finish_epoch
 from hcvision.training.connections import choose_backend, connection_parameters, freeze_connections
 from hcvision.training.finite import FiniteCheck
@@ -116,6 +117,8 @@ class TimmModule(OptimizedModule):
         skip_nonfinite: int = 0,
     ):
         super().__init__()
+        with contextlib.suppress(ValueError, RuntimeError):  # what is wrong with the name is said with the nearest ones
+            register_if_new(model.partition(".")[0])
         check_name("model", model.partition(".")[0], timm.list_models(), remote=True)
         check_name("opt", opt, list_optimizers())
         check_name("sched", sched, SCHEDULES)

@@ -1289,3 +1289,15 @@ def test_images_of_a_size_that_the_model_does_not_take(build, images, tiny):
     ):
         build().check_data(images(img_size=64))
     build(model_args={**tiny, "dynamic_img_size": True}).check_data(images(img_size=64))
+
+
+def test_a_name_that_nobody_registered():
+    """What can be converted is a model's name; what cannot is answered with the nearest names."""
+    sizes = {"img_size": 32, "patch_size": 2, "window_size": 4, "embed_dim": 12, "depths": (1, 1), "num_heads": (1, 2)}
+    name = "swin_small_patch4_window7_224_dfc3"
+    assert not timm.is_model(name)
+    module = ImageClassifier(model=name, num_classes=3, model_args=sizes)
+    assert module.model.layers[0].blocks[0].connection1.name == "dfc3"
+    for wrong in ("swin_small_patch4_window7_224_dfc", "swin_smal_patch4_window7_224_dfc3"):
+        with pytest.raises(ValueError, match=f"^unknown model '{wrong}'; did you mean swin_small_patch4_window7_224"):
+            ImageClassifier(model=wrong, num_classes=3)
