@@ -1,4 +1,4 @@
-"""hcvision.kernels, gpu and native: values and every gradient against float64, torch's transformations, the code.
+"""hcvision.connections.kernels: values and every gradient against float64, torch's transformations, the code.
 
 Without a GPU the kernels in Triton run in its interpreter (conftest.py sees to it).
 """

@@ -1,4 +1,4 @@
-"""hcvision.successors: mHC, iHC and GHC are what their papers write down, from the formulas alone, in any model."""
+"""hcvision.connections: mHC, iHC and GHC are what their papers write down, from the formulas alone, in any model."""
 
 import copy
 import math

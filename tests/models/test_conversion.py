@@ -1,4 +1,4 @@
-"""hcvision.convert: the converted transformer is the timm one at init, and the papers' with random parameters."""
+"""models/conversion.py: the converted transformer is the timm one at init, and the papers' with random parameters."""
 
 import copy
 import gc

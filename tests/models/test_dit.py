@@ -1,4 +1,4 @@
-"""hcvision.dit: the published sizes and keys, the forward by hand, and connections that start as residual adds."""
+"""models/dit.py: the published sizes and keys, the forward by hand, and connections that start as residual adds."""
 
 import argparse
 import copy

@@ -1,4 +1,4 @@
-"""hcvision.families: each family of timm, converted, is itself at init, and the papers' update of its branches."""
+"""models/families.py: each family of timm, converted, is itself at init, and the papers' update of its branches."""
 
 import copy
 import functools

@@ -1,4 +1,4 @@
-"""hcvision.names: what timm knows of our names, the weights they bring, and names that are registered on request."""
+"""models/names.py: what timm knows of our names, the weights they bring, and names that are registered on request."""
 
 import json
 import re

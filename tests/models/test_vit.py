@@ -1,4 +1,4 @@
-"""hcvision.vit: the names registered with timm, and that each is its timm twin."""
+"""hcvision.models.vit: the names registered with timm, and that each is its timm twin."""
 
 import subprocess
 import sys

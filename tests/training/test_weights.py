@@ -1,4 +1,4 @@
-"""hcvision.weights: other people's files of weights, their names and wrappers, and weights that almost fit."""
+"""hcvision.training.weights: other people's files of weights, their names and wrappers, and weights that almost fit."""
 
 import pytest
 import timm

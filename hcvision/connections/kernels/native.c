@@ -273,8 +273,8 @@ void backward(const float *streams, const float *grad_views, const float *grad_c
                     for (int k = 0; k < K; k++) back[i * K + k] *= rstd[i];
                 }
             }
-            vec taken[S];
-            UNROLL for (int i = 0; i < S; i++) taken[i] = (vec){0};
+            vec beta_sums[S];
+            UNROLL for (int i = 0; i < S; i++) beta_sums[i] = (vec){0};
             for (long e = 0; e < E; e += LANES) {
                 vec grad[S];
                 if (fixed) {
@@ -309,12 +309,12 @@ void backward(const float *streams, const float *grad_views, const float *grad_c
                     UNROLL for (int i = 0; i < S; i++) {
                         vec part = beta[t * S + i] * grad[i]; /* every stream took the one output of HC */
                         to_output[i % V] = i < V ? part : to_output[i % V] + part;
-                        taken[i] += load(output + (t * V + i % V) * E + e, E - e) * grad[i];
+                        beta_sums[i] += load(output + (t * V + i % V) * E + e, E - e) * grad[i];
                     }
                     UNROLL for (int v = 0; v < V; v++) store(grad_output + (t * V + v) * E + e, to_output[v], E - e);
                 }
             }
-            if (output) all_sums(taken, S, grad_old_beta + t * S);
+            if (output) all_sums(beta_sums, S, grad_old_beta + t * S);
         }
     }
 }

@@ -252,7 +252,7 @@ if triton is not None:
                 tl.atomic_add(sums + K * E + number, tl.sum(to_sums, axis=0), mask=mine, sem="relaxed")
             if DEPTH:
                 write = load_numbers(old_beta, t * S, there, S)
-                taken = make_zeros(S, BT, LANES)
+                beta_sums = make_zeros(S, BT, LANES)
             for start in range(0, E, BC):
                 e = start + tl.arange(0, BC)
                 mask = there[:, None] & (e < E)[None, :]
@@ -301,8 +301,8 @@ if triton is not None:
                     to_next = apart(g, S, BT, BC, LANES)
                     more = ()
                     for i in tl.static_range(S):
-                        more = more + (add_product(taken[i], out[i % V], to_next[i], BC // LANES),)
-                    taken = more
+                        more = more + (add_product(beta_sums[i], out[i % V], to_next[i], BC // LANES),)
+                    beta_sums = more
                     for v in tl.static_range(V):
                         new = write[v][:, None] * g[v]
                         for i in tl.static_range(v + V, S, V):  # every stream took the one output of HC
@@ -312,7 +312,7 @@ if triton is not None:
             if DEPTH:
                 to_beta = tl.zeros([BT, SP], tl.float32)
                 for i in tl.static_range(S):
-                    to_beta = add_to_column(to_beta, tl.sum(taken[i], axis=1), i, SP)
+                    to_beta = add_to_column(to_beta, tl.sum(beta_sums[i], axis=1), i, SP)
                 column = tl.arange(0, SP)[None, :]
                 tl.store(grad_old_beta + t[:, None] * S + column, to_beta, mask=there[:, None] & (column < S))
 
