@@ -80,7 +80,8 @@ class Folder(tv_datasets.ImageFolder):
         super().__init__(str(folder), allow_empty=True, loader=open_image)
 
     def find_classes(self, directory: Any) -> tuple[list[str], dict[str, int]]:
-        there = sorted(entry.name for entry in os.scandir(directory) if entry.is_dir())
+        with os.scandir(directory) as entries:
+            there = sorted(entry.name for entry in entries if os.path.isdir(entry.path))  # not a link to itself
         self.left_behind += [name for name in there if is_left_behind(name)]
         there = [name for name in there if not is_left_behind(name)]
         if not there:

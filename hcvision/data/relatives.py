@@ -113,8 +113,8 @@ def check_layout(relative: str, folder: Path, own: list[str], wanted: list[str])
 
 
 def list_folders(folder: Path) -> set[str]:
-    """Names of the folders in a folder, but for what other programs leave behind."""
-    return {entry.name for entry in os.scandir(folder) if entry.is_dir() and not is_left_behind(entry.name)}
+    """Names of the folders in a folder, but for what other programs leave behind and links that lead nowhere."""
+    return {name for name in os.listdir(folder) if (folder / name).is_dir() and not is_left_behind(name)}
 
 
 def read_real_labels() -> list[list[int]]:

@@ -279,6 +279,13 @@ def test_walk_follows_links_once(tmp_path):
     ]  # fmt: skip
 
 
+def test_a_link_to_itself_is_no_class(tmp_path):
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "1.png").touch()
+    (tmp_path / "self").symlink_to(tmp_path / "self")
+    assert open_folder(tmp_path).classes == ["x"]
+
+
 def test_files_come_in_the_order_of_imagefolder(tmp_path):
     from torchvision.datasets import ImageFolder
 

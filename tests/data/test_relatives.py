@@ -32,8 +32,9 @@ def v2(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def val(tmp_path_factory):
-    write_layout(tmp_path_factory.mktemp("imagenet") / "val", SYNSETS)
-    return tmp_path_factory.getbasetemp() / "imagenet0"
+    root = tmp_path_factory.mktemp("imagenet")
+    write_layout(root / "val", SYNSETS)
+    return root
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +140,11 @@ def test_wrong_layouts(v2, r, tmp_path):
     assert "ImageNet-V2 as it is distributed, 1,000 folders 0 to 999; got n01443537 and 199 others" in say(r, "v2")
     assert "ImageNet-Sketch as it is distributed, 1,000 folders of WordNet ids" in say(r, "sketch")
     assert "800 are missing, n01440764 among them" in say(r, "sketch")
-    assert say(r.parent, "r").endswith(f"{r} does")
+    above = tmp_path / "above"
+    above.mkdir()
+    (above / "round").symlink_to(above / "round")  # leads nowhere
+    (above / "inner").symlink_to(r)
+    assert say(above, "r").endswith(f"{above / 'inner'} does")
     assert "there is no folder" in say(tmp_path / "no", "a")
     assert "relative must be one of v2, a, r, sketch, real, val, got 'c'" in say(r, "c")
     assert "--data.dataset folder" in say(r, "r", dataset="cifar10")
