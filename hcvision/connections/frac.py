@@ -8,10 +8,18 @@ from hcvision.connections.streams import MixingConnection
 
 
 class FracConnection(MixingConnection):
-    """Frac-Connection: the hidden state cut into m streams, m views (FC, arXiv 2503.14125).
+    """Frac-Connection: the hidden state cut into m streams, m views (FC, arXiv 2503.14125, eq. 8-12).
 
-    It needs no entry and no exit, and is bit-identical to the residual add at init. The norm before
-    the dynamic projection is RMSNorm with a weight.
+    ::
+
+        A_m, A_r, B = static ones + scales * tanh(RMSNorm(F) @ projections)    # of the fractions F, (m, dim / m)
+        F = diag(B) branch(A_m^T F) + A_r^T F
+
+    ``static_alpha`` (m, 2m) is [A_m | A_r], ``static_beta`` (m,) is B, ``dynamic_alpha_fn`` [W_m | W_r],
+    ``dynamic_beta_fn`` W_beta, the scales are s_alpha and s_beta, and ``norm_weight`` is that of the RMSNorm.
+
+    At init (eq. 13) both parts of A are identities and B is ones, in every sub-layer: bit-identical to the residual
+    add. Projections start at 0 and scales at 0.01. There is no entry and no exit.
 
     Args:
         dim: width of the model; a stream has E = dim / m.

@@ -10,11 +10,20 @@ ARRANGEMENTS = ("sequential", "parallel")
 
 
 class HyperConnection(MixingConnection):
-    """Hyper-Connection: n streams as wide as the model, one view (HC, arXiv 2409.19606).
+    """Hyper-Connection: n streams as wide as the model, one view (HC, arXiv 2409.19606, eq. 10-14).
 
-    Enter with ``expand_streams`` and leave with ``reduce_streams``. At init sub-layer k reads stream
-    k mod n and writes to all streams, so that each stream is the Pre-Norm residual stream exactly.
-    The norm before the dynamic projection is LayerNorm without parameters.
+    ::
+
+        A_m, A_r, B = static ones + scales * tanh(LayerNorm(H) @ projections)   # of H, (n, dim)
+        H = B^T branch(A_m^T H) + A_r^T H
+
+    ``static_alpha`` (n, 1+n) is [A_m | A_r], ``static_beta`` (n,) is B, ``dynamic_alpha_fn`` [W_m | W_r],
+    ``dynamic_beta_fn`` W_beta, and the scales are s_alpha and s_beta; the LayerNorm has no parameters. Enter with
+    ``expand_streams`` and leave with ``reduce_streams``.
+
+    At init (eq. 15) A_m is column k mod n of the identity in sub-layer k, A_r the identity and B ones: each reads one
+    stream and writes to all, so that each stream is the Pre-Norm residual stream exactly. Projections start at 0 and
+    scales at 0.01.
 
     Args:
         dim: width of the model, which is E.
