@@ -818,9 +818,10 @@ def test_every_config_parses_and_its_models_build(path, monkeypatch, tmp_path):
         monkeypatch.setattr("hcvision.data.ImageData.prepare_data", lambda self: None)
         listed = config["variants"]
         for variant in listed:
-            alone = [variant] if isinstance(listed, list) else {variant: listed[variant]}
-            if "match_time" in (alone[variant] or {} if isinstance(alone, dict) else {}):  # needs those it refers to
-                alone = {name: listed[name] for name in (next(iter(listed)), alone[variant]["match_time"], variant)}
+            changes = listed[variant] or {} if isinstance(listed, dict) else {}
+            names = [next(iter(listed)), changes["match_time"]] if "match_time" in changes else []  # it refers to them
+            names.append(variant)
+            alone = {name: listed[name] for name in names} if isinstance(listed, dict) else names
             with pytest.raises(Built):
                 main(["compare", f"--config={path}", f"--variants={json.dumps(alone)}", "--out=study"])
     else:

@@ -114,9 +114,10 @@ def test_what_the_scripts_call(tmp_path, photos, weights):
 
 
 def script(name):
-    path = Path(SCRIPTS or "", f"{name}.py").resolve()
-    if not SCRIPTS or not path.is_file():
+    if not SCRIPTS:
         pytest.skip(f"timm's packages leave {name}.py out; HCVISION_TIMM_SCRIPTS=CHECKOUT names timm's repository")
+    path = Path(SCRIPTS, f"{name}.py").resolve()
+    assert path.is_file(), f"HCVISION_TIMM_SCRIPTS names no checkout of timm: there is no {path}"
     return str(path)
 
 
