@@ -5,7 +5,17 @@ from pathlib import Path
 from typing import Any
 
 from hcvision.data import is_first_process
-from hcvision.diffusion import Sampling, columns_of, draw_samples, enlarge, grid, load_vae, read_samples, write_npz
+from hcvision.diffusion import (
+    Sampling,
+    columns_of,
+    describe_samples,
+    draw_samples,
+    enlarge,
+    grid,
+    load_vae,
+    read_samples,
+    write_npz,
+)
 from hcvision.models import TRUNK, read_sizes
 from hcvision.training import ImageGenerator, last_checkpoint, load_module, pick_weights, read_checkpoint, read_weights
 
@@ -17,8 +27,11 @@ def sample(
     classes: list[str | int] | None = None,
     guidance: float = 1.0,
     guided_channels: int | None = 3,
+    guidance_interval: tuple[float, float] | None = None,
     steps: int | None = None,
     sampler: str | None = None,
+    coefficient: str | None = None,
+    last_step: float | None = None,
     seed: int = 0,
     batch_size: int = 64,
     npz: bool = False,
@@ -41,8 +54,11 @@ def sample(
         classes: names or numbers of the classes wanted; all if not given.
         guidance: scale of classifier-free guidance; 1 is none.
         guided_channels: of the first channels only; the published DiT numbers are with 3; null for all.
+        guidance_interval: two numbers from 0 (noise) to 1 (image) between which to guide; everywhere if not given.
         steps: of the sampler; 250 for ddpm, 50 for the others if not given.
-        sampler: ddpm or ddim; heun or euler for velocity and image.
+        sampler: ddpm, ddim, dpm++ or unipc (of diffusers); heun, euler or sde for velocity and image.
+        coefficient: diffusion coefficient of sde: constant (1), sigma (1 - t, if not given) or path ((1 - t) / t).
+        last_step: size of the last step of sde, which adds no noise; 0.04 if not given.
         seed: of the noise; image i depends on it and on i alone.
         batch_size: images at a time, per device.
         npz: write samples.npz too: arr_0, (N, H, W, 3), uint8, as ADM's evaluator reads it.
@@ -59,7 +75,7 @@ def sample(
     """
     module = load_generator(checkpoint, model, model_args, connection, objective, vae)
     names = module.class_names or [str(i) for i in range(module.hparams["num_classes"])]
-    plan = Sampling(steps, sampler, guidance, guided_channels, seed)
+    plan = Sampling(steps, sampler, guidance, guided_channels, seed, guidance_interval, coefficient, last_step)
     wanted = [find_class(str(name), names) for name in classes] if classes else list(range(len(names)))
     count = int(devices) if devices.lstrip("-").isdigit() else devices
     trainer = {"accelerator": accelerator, "devices": count, "strategy": strategy, "precision": precision}
@@ -71,6 +87,7 @@ def sample(
     enlarge(grid(read_samples(folder, shown), columns), 640).save(Path(out) / "samples.png")
     if npz:
         write_npz(Path(out) / "samples.npz", folder, number)
+    print(f"drawn by {describe_samples(Path(out))}")
     print(f"{number} images of {len(set(wanted))} classes are in {out}: samples.png{' and samples.npz' if npz else ''}")
 
 

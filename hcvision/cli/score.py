@@ -4,6 +4,7 @@ from pathlib import Path
 
 from hcvision.cli.parsing import StudyParser
 from hcvision.data import ImageData, check_number, pick_device, write_json
+from hcvision.diffusion import describe_samples
 from hcvision.studies import (
     FEWEST,
     Extractor,
@@ -57,7 +58,9 @@ def score(arguments: list[str]) -> None:
     images.prepare_data()
     real = look_at_data(extractor, images, "train", input_size, options.real_images)
     scores = {"samples": len(drawn.features), "real": len(real.features), "network": extractor.name}
-    scores |= compare_features(drawn, real)
+    how = describe_samples(path) if path.is_dir() else None
+    scores |= {"drawn": how, **compare_features(drawn, real)}
+    print(f"drawn by {how or 'what the .npz does not say'}")
     print(f"{scores['samples']:,} samples against {scores['real']:,} training images, seen by {extractor.name}")
     labels = {"distance": extractor.distance, "score": extractor.score, "accuracy": "in the class they were drawn as"}
     for name in ("distance", "score", "precision", "recall", "accuracy"):

@@ -7,7 +7,7 @@ A test may look at some classes (``subsets.py``), ImageNet's relatives (``relati
 Everybody uses ``arguments.py`` (numbers in range), ``files.py`` (written whole) and ``machine.py`` (cores, devices).
 """
 
-from hcvision.data.arguments import check_name, check_number, check_numbers, in_one_line, refusals
+from hcvision.data.arguments import check_name, check_number, check_numbers, check_range, in_one_line, refusals
 from hcvision.data.corruptions import CORRUPTIONS
 from hcvision.data.files import (
     UNREADABLE,
@@ -47,6 +47,7 @@ __all__ = [
     "check_name",
     "check_number",
     "check_numbers",
+    "check_range",
     "check_writable",
     "collate",
     "count_cores",

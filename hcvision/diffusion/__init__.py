@@ -1,14 +1,15 @@
 """Diffusion: objectives and samplers, the VAE between images and latents, drawing many images.
 
-``objectives.py`` is the mathematics, ``vae.py`` and ``encoding.py`` the latents, ``sampling.py`` draws in parts that
-survive a kill.
+``objectives.py`` is the mathematics, ``solvers.py`` its solvers in diffusers, ``vae.py`` and ``encoding.py`` the
+latents, ``sampling.py`` draws in parts that survive a kill.
 """
 
 from hcvision.diffusion.encoding import encode_folder
-from hcvision.diffusion.objectives import OBJECTIVES, LinearPath, SeededNoise, check_sampler, guide
+from hcvision.diffusion.objectives import OBJECTIVES, LinearPath, SeededNoise, guide
 from hcvision.diffusion.sampling import (
     Sampling,
     columns_of,
+    describe_samples,
     draw_samples,
     enlarge,
     grid,
@@ -24,9 +25,9 @@ __all__ = [
     "LinearPath",
     "Sampling",
     "SeededNoise",
-    "check_sampler",
     "columns_of",
     "decode",
+    "describe_samples",
     "draw_samples",
     "encode_folder",
     "enlarge",

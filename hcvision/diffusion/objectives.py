@@ -4,28 +4,36 @@
 ``LinearPath`` the velocity from noise to data (arXiv 2401.08740, SiT), ``ImagePath`` the image on the same path (arXiv
 2511.13720, JiT). All have::
 
-    diffusion.loss(model, x, y)               # (B,), to average and to minimise
-    diffusion.sample(model, noise, y, steps)  # noise to images
+    diffusion.loss(model, x, y)                     # (B,), to average and to minimise
+    diffusion.sample(model, noise, steps, sampler)  # noise to images
 
 A model takes (x, t, y) and predicts C channels, or 2 C with ``learn_sigma``. Letters in shapes: B batch, C channels,
 H height, W width.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from hcvision.diffusion.solvers import SOLVERS, check_solver, solve
+
 Model = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def guide(
-    model: Model, y: Tensor, null: int, scale: float, channels: int | None = 3
+    model: Model,
+    y: Tensor,
+    null: int,
+    scale: float,
+    channels: int | None = 3,
+    interval: Sequence[float] | None = None,
+    place: Callable[[Tensor], Tensor] = lambda t: t,
 ) -> Callable[[Tensor, Tensor], Tensor]:
-    """Classifier-free guidance (arXiv 2207.12598).
+    """Classifier-free guidance (arXiv 2207.12598), at all times or in an interval of them (arXiv 2404.07724).
 
     Args:
         model: (x, t, y) -> (B, C or 2 C, H, W).
@@ -34,6 +42,9 @@ def guide(
         scale: 1 is no guidance, and costs one evaluation of the model; else it is two.
         channels: how many of the first channels are guided: 3, as the published DiT numbers are, or None for
             all C, without the variance.
+        interval: guide where the place of t is in it, both ends included; None guides everywhere. Elsewhere the model
+            is evaluated once.
+        place: t (B,) to how far it is from noise (0) to the image (1), as the objective's ``place`` says.
 
     Returns:
         A function (x, t) -> prediction, without the class.
@@ -45,12 +56,18 @@ def guide(
         raise ValueError(f"guidance needs scale >= 0 and channels >= 1, got {scale} and {channels}")
     if scale == 1:
         return lambda x, t: model(x, t, y)
+    first, last = (-math.inf, math.inf) if interval is None else interval
 
     def guided(x: Tensor, t: Tensor) -> Tensor:
+        inside = (place(t) >= first) & (place(t) <= last)
+        if interval is not None and not inside.any():
+            return model(x, t, y)
         both = model(torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, torch.full_like(y, null)]))
         wanted, anything = both.chunk(2)
         count = x.shape[1] if channels is None else min(channels, x.shape[1])
         moved = anything[:, :count] + scale * (wanted[:, :count] - anything[:, :count])
+        if interval is not None:
+            moved = torch.where(inside.view(-1, *[1] * (x.dim() - 1)), moved, wanted[:, :count])
         return torch.cat([moved, wanted[:, count:]], dim=1)
 
     return guided
@@ -88,7 +105,7 @@ class DDPM:
         clip: clamp the predicted image to [-1, 1] when sampling: for pixels, not for latents.
     """
 
-    samplers = ("ddpm", "ddim")
+    samplers = ("ddpm", "ddim", *SOLVERS)
     default_steps = 250
 
     def __init__(self, timesteps: int = 1000, clip: bool = False):
@@ -97,6 +114,14 @@ class DDPM:
         self.timesteps, self.clip = timesteps, clip
         betas = torch.linspace(1e-4 * 1000 / timesteps, 0.02 * 1000 / timesteps, timesteps, dtype=torch.float64)
         self.kept = (1 - betas).cumprod(0)  # alpha-bar: how much of the image's variance is left at t
+
+    def place(self, t: Tensor) -> Tensor:
+        """How far steps t (B,) are from noise (0) to the image (1): 1 - t / T."""
+        return 1 - t / self.timesteps
+
+    def count_evaluations(self, steps: int, sampler: str) -> int:
+        """How often the model is evaluated for an image, without guidance: once a step."""
+        return steps
 
     def add_noise(self, x: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """x_t of images x (B, C, H, W) at steps t (B,)."""
@@ -184,16 +209,21 @@ class DDPM:
             model: (x, t) -> prediction, as ``guide`` returns it.
             noise: (B, C, H, W).
             steps: evaluations of the model.
-            sampler: ``ddpm``, which adds noise in every step, or ``ddim``, which adds none (arXiv 2010.02502).
+            sampler: ``ddpm``, which adds noise in every step; ``ddim``, which adds none (arXiv 2010.02502); or a
+                solver of second order, ``dpm++`` or ``unipc``, which adds none either; see ``solve``.
             draw: a function of x that draws the noise of a step.
 
         Yields:
             The predicted image after every step; the last is the result.
 
         Raises:
-            ValueError: an unknown sampler, or steps out of range.
+            ValueError: an unknown sampler, steps out of range, or a solver without diffusers.
         """
         check_sampler(sampler, self.samplers)
+        if sampler in SOLVERS:
+            self.check_steps(steps)
+            yield from solve(sampler, self.kept, model, noise, steps, self.clip)
+            return
         x, times = noise, self.spaced(steps)
         for i in reversed(range(steps)):
             t = torch.full((len(x),), times[i], device=x.device)
@@ -212,11 +242,19 @@ class DDPM:
 class LinearPath:
     """The straight path x_t = t * image + (1 - t) * noise, t from 0 to 1; the model predicts image - noise."""
 
-    samplers = ("heun", "euler")
+    samplers = ("heun", "euler", "sde")
     default_steps = 50
 
     def __init__(self, clip: bool = False):
         self.clip = clip
+
+    def place(self, t: Tensor) -> Tensor:
+        """How far times t (B,) are from noise (0) to the image (1): t itself."""
+        return t
+
+    def count_evaluations(self, steps: int, sampler: str) -> int:
+        """How often the model is evaluated for an image, without guidance: twice a step but the last by Heun."""
+        return 2 * steps - 1 if sampler == "heun" else steps
 
     def check_steps(self, steps: int) -> None:
         """Raise ValueError when a sampler cannot take that many steps."""
@@ -250,30 +288,63 @@ class LinearPath:
         steps: int = 50,
         sampler: str = "heun",
         draw: Callable[[Tensor], Tensor] = torch.randn_like,
+        coefficient: str = "sigma",
+        last_step: float = 0.04,
     ) -> Iterator[Tensor]:
-        """From noise to images, by Euler's method or by Heun's, which takes two evaluations in all steps but the last.
+        """From noise to images.
+
+        ``euler`` and ``heun`` follow the velocity v, an ODE; Heun's method evaluates the model twice in all steps but
+        the last. ``sde`` is Euler-Maruyama on the SDE with the same marginals (SiT, arXiv 2401.08740, eq. 4)::
+
+            dx = (v + D * score) dt + sqrt(2 D) dW,    score = (t v - x) / (1 - t),    sigma = 1 - t
+
+        of which D, the diffusion coefficient, is free: its steps are equal up to 1 - ``last_step``, and the last one
+        goes to the predicted image x + (1 - t) v without noise, since the score grows without bound towards the image.
+
+        Args:
+            model: (x, t) -> prediction, as ``guide`` returns it.
+            noise: (B, C, H, W).
+            steps: of the method, the last one included.
+            sampler: ``heun``, ``euler`` or ``sde``.
+            draw: a function of x that draws the noise of a step.
+            coefficient: D of ``sde``: ``constant`` is 1, ``sigma`` is 1 - t, ``path`` is (1 - t) / t, that of the
+                forward process whose marginals the path has; there t is not less than two steps, or steps of such a
+                size would leave the marginals.
+            last_step: its size in ``sde``; 0.04 as published.
 
         Yields:
             The predicted image after every step; the last is the result.
 
         Raises:
-            ValueError: an unknown sampler, or steps < 1.
+            ValueError: an unknown sampler or coefficient, steps < 1, or a last step that is not between 0 and 1.
         """
         check_sampler(sampler, self.samplers)
         self.check_steps(steps)
+        if coefficient not in COEFFICIENTS:
+            raise ValueError(f"coefficient must be one of {', '.join(COEFFICIENTS)}, got {coefficient!r}")
+        if not 0 < last_step < 1:
+            raise ValueError(f"last_step must be above 0 and below 1, got {last_step}")
 
         def velocity(x: Tensor, t: float) -> Tensor:
             times = torch.full((len(x),), t, device=x.device)
             return self.find_velocity(model(x, times).to(x.dtype)[:, : x.shape[1]], x, times)
 
-        x = noise
+        x, is_sde = noise, sampler == "sde"
+        rate = max(steps - 1, 1) / (1 - last_step) if is_sde else float(steps)  # of steps, in time
         for i in range(steps):
-            t, then = i / steps, (i + 1) / steps
+            t = i / rate
             slope = velocity(x, t)
             image = x + (1 - t) * slope
-            if sampler == "heun" and i + 1 < steps:
-                slope = (slope + velocity(x + slope / steps, then)) / 2
-            x = x + slope / steps
+            if is_sde and i + 1 == steps:
+                x = image
+            elif is_sde:
+                amount = COEFFICIENTS[coefficient](t, 1 / rate)
+                drift = slope + amount * (t * slope - x) / (1 - t)
+                x = x + drift / rate + math.sqrt(2 * amount / rate) * draw(x)
+            else:
+                if sampler == "heun" and i + 1 < steps:
+                    slope = (slope + velocity(x + slope / rate, (i + 1) / rate)) / 2
+                x = x + slope / rate
             result = x if i + 1 == steps else image
             yield result.clamp(-1, 1) if self.clip else result
 
@@ -294,12 +365,21 @@ class ImagePath(LinearPath):
         return (prediction - x) / (1 - expand(t, x)).clamp(min=self.nearest)
 
 
+COEFFICIENTS: dict[str, Callable[[float, float], float]] = {  # of diffusion, by time and size of a step
+    "constant": lambda t, size: 1.0,
+    "sigma": lambda t, size: 1 - t,
+    "path": lambda t, size: (1 - t) / max(t, 2 * size),
+}
 OBJECTIVES: dict[str, Callable[..., DDPM | LinearPath]] = {"ddpm": DDPM, "velocity": LinearPath, "image": ImagePath}
 
 
 def check_sampler(sampler: str, known: tuple[str, ...]) -> None:
+    """Raise ValueError when a sampler is not among the known ones, or needs what is not installed."""
     if sampler not in known:
-        raise ValueError(f"sampler must be {' or '.join(known)} for this objective, got {sampler!r}")
+        names = f"{', '.join(known[:-1])} or {known[-1]}"
+        raise ValueError(f"sampler must be {names} for this objective, got {sampler!r}")
+    if sampler in SOLVERS:
+        check_solver(sampler)
 
 
 def discrete_log_likelihood(x: Tensor, mean: Tensor, log_deviation: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ import hashlib
 import json
 import zipfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,8 @@ from torch.utils.data import DataLoader
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
-from hcvision.data import check_number, is_first_process, write_json
+from hcvision.data import check_name, check_number, check_range, is_first_process, write_json
+from hcvision.diffusion.objectives import COEFFICIENTS, check_sampler, guide
 
 
 @dataclass(frozen=True)
@@ -30,10 +31,14 @@ class Sampling:
 
     Args:
         steps: of the sampler; the objective's default if None (ddpm 250, velocity and image 50).
-        sampler: ddpm or ddim, heun or euler; the first of the objective if None.
+        sampler: ddpm, ddim, dpm++ or unipc; heun, euler or sde; the first of the objective if None.
         guidance: scale of classifier-free guidance; 1 is none.
         guided_channels: of the first channels; None guides all.
         seed: of the noise.
+        guidance_interval: where to guide, from 0 (noise) to 1 (image): t of velocity and image, 1 - t / 1000 of ddpm;
+            None guides everywhere.
+        coefficient: diffusion coefficient of sde: constant, sigma or path; sigma if None. See ``LinearPath.sample``.
+        last_step: size of the last step of sde, which adds no noise; 0.04 if None.
 
     Raises:
         ValueError: no number, or one that cannot be meant.
@@ -44,12 +49,59 @@ class Sampling:
     guidance: float = 1.0
     guided_channels: int | None = 3
     seed: int = 0
+    guidance_interval: tuple[float, float] | None = None
+    coefficient: str | None = None
+    last_step: float | None = None
 
     def __post_init__(self) -> None:
         for name, value in (("steps", self.steps), ("guided_channels", self.guided_channels)):
             check_number(name, 1 if value is None else value, least=1, whole=True)
         check_number("guidance", self.guidance)
         check_number("seed", self.seed, least=0, whole=True)
+        check_range("guidance_interval", self.guidance_interval or (0, 1), least=0, most=1)
+        check_name("coefficient", self.coefficient or "sigma", COEFFICIENTS)
+        check_number("last_step", 0.04 if self.last_step is None else self.last_step, above=0, below=1)
+
+    def check(self, diffusion: Any) -> None:
+        """Raise ValueError when these settings do not work with this objective."""
+        sampler = self.sampler or diffusion.samplers[0]
+        check_sampler(sampler, diffusion.samplers)
+        diffusion.check_steps(self.steps or diffusion.default_steps)
+        guide(lambda x, t, y: x, torch.zeros(1), 0, self.guidance, self.guided_channels)
+        given = [name for name in ("coefficient", "last_step") if getattr(self, name) is not None]
+        if given and sampler != "sde":
+            raise ValueError(f"{given[0]} is for the sampler sde, got {getattr(self, given[0])} for {sampler}")
+        if self.guidance_interval is not None and self.guidance == 1:
+            raise ValueError(f"guidance_interval is for guidance, got {list(self.guidance_interval)} with guidance 1")
+
+    def settle(self, diffusion: Any) -> "Sampling":
+        """The same with the objective's defaults where it says nothing."""
+        sampler = self.sampler or diffusion.samplers[0]
+        own: dict[str, Any] = {"coefficient": self.coefficient or "sigma", "last_step": self.last_step or 0.04}
+        steps = self.steps or diffusion.default_steps
+        return replace(self, steps=steps, sampler=sampler, **(own if sampler == "sde" else {}))
+
+    def settings(self) -> dict[str, Any]:
+        """All of it as JSON has it, without what later versions added and is not used."""
+        optional = ("guidance_interval", "coefficient", "last_step")
+        settings = {name: value for name, value in asdict(self).items() if name not in optional or value is not None}
+        return json.loads(json.dumps(settings))
+
+    def describe(self, diffusion: Any, channels: int) -> str:
+        """In words, for scores and reports: the sampler, its evaluations, what is guided of so many channels."""
+        plan = self.settle(diffusion)
+        count = diffusion.count_evaluations(plan.steps, plan.sampler)
+        own = f"coefficient {plan.coefficient}, last step {plan.last_step:g}; " if plan.sampler == "sde" else ""
+        method = f"{plan.sampler}, {plan.steps} steps ({own}{count} evaluations of the model)"
+        if self.guidance == 1:
+            return f"{method}, no guidance"
+        guided = channels if self.guided_channels is None else min(self.guided_channels, channels)
+        what = "all channels" if guided == channels else f"the first {guided} of {channels} channels"
+        where = ""
+        if self.guidance_interval is not None:
+            first, last = self.guidance_interval
+            where = f" from {first:g} to {last:g} of the way to the image"
+        return f"{method}, guidance {self.guidance:g} on {what}{where}"
 
 
 def to_uint8(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
@@ -176,11 +228,11 @@ def draw_samples(
     wrong = [label for label in classes if not 0 <= label < count]
     if wrong or not classes:
         raise ValueError(f"classes must be one or more of 0 to {count - 1}, got {list(classes)}")
-    module.check_sampling(plan)
+    plan.check(module.diffusion)
     arguments = dict(trainer or {})
-    plan = module.settle(plan)
+    drawn, plan = plan.describe(module.diffusion, module.data_config["input_size"][0]), plan.settle(module.diffusion)
     settings = {
-        "plan": asdict(plan), "classes": list(classes), "class_names": module.class_names,
+        "plan": plan.settings(), "classes": list(classes), "class_names": module.class_names,
         "weights": fingerprint(module), "objective": module.hparams["objective"], "vae": module.hparams["vae"],
         "precision": str(arguments.get("precision", "32-true")),
     }  # fmt: skip
@@ -196,7 +248,7 @@ def draw_samples(
     elif is_first_process():
         if out.exists() and any(out.iterdir()):
             raise ValueError(f"{out} exists and holds something else; give another folder (--out)")
-        write_json(about, settings)
+        write_json(about, {**settings, "drawn": drawn})
     show = arguments.pop("enable_progress_bar", None) is not False
     writer = WriteParts(folder, number, show)
     runner = pl.Trainer(
@@ -216,6 +268,13 @@ def draw_samples(
         runner.predict(module, datamodule=Chunks(missing, classes), return_predictions=False)
     runner.strategy.barrier()
     return folder
+
+
+def describe_samples(folder: Path) -> str:
+    """How the images of a run were drawn, in words: the sampler first."""
+    about = json.loads((folder / "sampling.json").read_text())
+    plan = about["plan"]
+    return about.get("drawn") or f"{plan['sampler']}, {plan['steps']} steps, guidance {plan['guidance']:g}"
 
 
 def read_samples(folder: Path, number: int) -> Tensor:

@@ -1,7 +1,7 @@
 """A study of diffusion models: samples drawn and scored."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,8 +11,18 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from hcvision.data import TIMM_PREFIXES, ImageData, is_first_process
-from hcvision.diffusion import Sampling, columns_of, decode, draw_samples, grid, load_vae, read_samples
+from hcvision.data import TIMM_PREFIXES, ImageData, check_name, is_first_process
+from hcvision.diffusion import (
+    OBJECTIVES,
+    Sampling,
+    columns_of,
+    decode,
+    describe_samples,
+    draw_samples,
+    grid,
+    load_vae,
+    read_samples,
+)
 from hcvision.studies.scoring import (
     Extractor,
     Features,
@@ -23,6 +33,7 @@ from hcvision.studies.scoring import (
     look_at_samples,
     train_classifier,
 )
+from hcvision.studies.settings import defaults
 from hcvision.studies.statistics import Curve, Metric
 from hcvision.studies.study import Study
 from hcvision.training import ImageGenerator
@@ -33,7 +44,7 @@ class GenerationStudy(Study):
 
     Args:
         out: folder of the study, as for ``Study``, and samples.png.
-        sampling: how images are drawn for the scores.
+        sampling: how images are drawn for the scores; variants may change it.
         samples: images drawn per cell, as many of each class.
         sample_batch: images drawn at a time.
         real_images: training images that they are compared with.
@@ -45,8 +56,8 @@ class GenerationStudy(Study):
             without connection, num_classes and seed.
 
     Raises:
-        ValueError: an unknown variant, a variant or seed named twice, or a folder with cells that were
-            run with other settings.
+        ValueError: an unknown variant, a variant or seed named twice, a sampler that its objective does not have, or a
+            folder with cells that were run with other settings.
     """
 
     task = "generate"
@@ -78,9 +89,21 @@ class GenerationStudy(Study):
                 f"the samples need real images beside them, and {dataset!r} has none to choose from; real_data"
             )
         network = "Inception" if inception else f"small classifier, {classifier_epochs} epochs"
-        self.more_settings = {
-            "sampling": asdict(self.sampling), "samples": samples, "real_images": real_images, "network": network
-        }  # fmt: skip
+        self.more_settings = {"samples": samples, "real_images": real_images, "network": network}
+        for variant in self.variants:
+            objective = self.model_arguments(variant).get("objective") or defaults(self.module)["objective"]
+            check_name("objective", objective, OBJECTIVES)
+            self.sampling_of(variant).check(OBJECTIVES[objective]())
+
+    def changeable(self) -> dict[str, dict[str, Any]]:
+        return {**super().changeable(), "sampling": asdict(Sampling())}
+
+    def sampling_of(self, variant: str) -> Sampling:
+        """How the images of a variant are drawn."""
+        return replace(self.sampling, **(self.all_changes(variant).get("sampling") or {}))
+
+    def cost_settings(self, variant: str) -> dict[str, Any]:
+        return {**super().cost_settings(variant), "sampling": self.sampling_of(variant).settings()}
 
     @property
     def metrics(self) -> tuple[Metric, ...]:  # type: ignore[override]
@@ -99,7 +122,7 @@ class GenerationStudy(Study):
 
     def config(self) -> dict[str, Any]:
         numbers = ("samples", "sample_batch", "real_images", "classifier_epochs", "inception")
-        more = {"sampling": asdict(self.sampling), **{name: getattr(self, name) for name in numbers}}
+        more = {"sampling": self.sampling.settings(), **{name: getattr(self, name) for name in numbers}}
         if self.real_data is not self.data:
             more["real_data"] = {key: value for key, value in self.real_data.items() if key != "root"}
         known = super().config()
@@ -147,7 +170,8 @@ class GenerationStudy(Study):
         trainer["enable_progress_bar"] = False  # the study has a display of its own
         if self.lines is not None:
             self.lines.put(f"drawing {self.samples} images of {folder.parent.name}, {folder.name}")
-        draw_samples(model, folder / "samples", self.sampling, self.samples, classes, self.sample_batch, trainer)
+        plan = self.sampling_of(folder.parent.name)
+        draw_samples(model, folder / "samples", plan, self.samples, classes, self.sample_batch, trainer)
         if not is_first_process():
             return {}
         return {**compare_features(look_at_samples(self.extractor, folder / "samples", self.samples), self.real)}
@@ -166,10 +190,14 @@ class GenerationStudy(Study):
     def notes(self) -> list[str]:
         held_out = look_at_data(self.extractor, ImageData(**self.real_data), "val", self.input_size, self.samples)
         yardstick = compare_features(held_out, self.real)
-        plan = self.sampling
-        guidance = f"guidance {plan.guidance:g}" if plan.guidance != 1 else "no guidance"
+        drawn: dict[str, list[str]] = {}  # variants by how their samples were drawn
+        for variant in self.variants:
+            how = describe_samples(self.cell_folder(variant, self.seeds[0]) / "samples")
+            drawn.setdefault(f"seed {self.sampling_of(variant).seed}, {how}", []).append(variant)
+        many = len(drawn) > 1
+        how = "; ".join(f"{', '.join(names)}: {one}" if many else one for one, names in drawn.items())
         lines = [
-            f"{self.extractor.distance}: {self.samples:,} samples (seed {plan.seed}, {guidance}) against "
+            f"{self.extractor.distance}: {self.samples:,} samples ({how}) against "
             f"{len(self.real.features):,} training images, on the features of {self.extractor.name}; as many held-out "
             f"real images score {yardstick['distance']:.2f}."
         ]

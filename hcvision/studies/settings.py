@@ -14,8 +14,11 @@ import timm
 import torch
 import yaml
 
-from hcvision.data import write_whole
+from hcvision.data import ImageData, write_whole
 from hcvision.studies.measuring import name_device
+
+FIXED = ("connection", "num_classes")  # of a module's arguments; not for a study's model to say
+NOT_SETTINGS = (*FIXED, "seed")
 
 
 # Settings
@@ -37,6 +40,22 @@ def merge(base: dict[str, Any], changes: dict[str, Any] | None) -> dict[str, Any
         both = isinstance(value, dict) and isinstance(merged.get(key), dict)
         merged[key] = merge(merged[key], value) if both else value
     return merged
+
+
+def complete(module: type, settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings as JSON has them, with the defaults of model and data, without what leaves results as they are."""
+    settings = json.loads(json.dumps(settings))
+    for group, cls in {"model": module, "data": ImageData}.items():
+        usual = json.loads(json.dumps({k: v for k, v in defaults(cls).items() if k not in NOT_SETTINGS}))
+        settings[group] = {key: value for key, value in merge(usual, settings[group]).items() if value is not None}
+    for name in ("root", "num_workers"):
+        settings["data"].pop(name, None)
+    usual, given = defaults(pl.Trainer), settings["trainer"]
+    settings["trainer"] = {k: v for k, v in given.items() if k not in usual or v != usual[k]}
+    settings["trainer"].pop("enable_progress_bar", None)
+    if settings["trainer"].get("devices") in (1, "1"):  # said where there are jobs
+        del settings["trainer"]["devices"]
+    return settings
 
 
 def flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -41,7 +41,7 @@ from hcvision.studies.matching import (
 from hcvision.studies.measuring import name_device
 from hcvision.studies.processes import helpers, limit_threads
 from hcvision.studies.reporting import read_curve, write_curves, write_report
-from hcvision.studies.settings import defaults, environment, flat, merge, span, write_yaml
+from hcvision.studies.settings import FIXED, complete, defaults, environment, flat, merge, span, write_yaml
 from hcvision.studies.statistics import TOP1, Curve, Metric, Outcome
 from hcvision.training import (
     ImageClassifier,
@@ -53,8 +53,6 @@ from hcvision.training import (
     read_checkpoint,
 )
 
-FIXED = ("connection", "num_classes")  # of a module's arguments; not for a study's model to say
-NOT_SETTINGS = (*FIXED, "seed")
 RESERVED = ("lock", "classifier")  # names in a study's folder
 Cell = tuple[str, int]
 Changes = dict[str, Any]
@@ -139,16 +137,21 @@ class Study:
         """What another process needs; what it shares with this one is handed over when it starts."""
         return {name: value for name, value in vars(self).items() if name not in ("board", "lines")}
 
+    def changeable(self) -> dict[str, dict[str, Any]]:
+        """Groups of arguments that a variant can change, and their defaults."""
+        return {"model": defaults(self.module), "trainer": defaults(pl.Trainer)}
+
     def check_variant(self, name: str, changes: Changes) -> Changes:
         if not re.fullmatch(r"\w[\w.+-]*", name) or name in RESERVED:
             what = "another one" if name in RESERVED else "of letters, digits and any of .+-_"
             raise ValueError(f"a variant's name must be {what}, got {name!r}")
-        unknown = {*changes} - {"connection", "model", "trainer", "match_time"}
+        known = self.changeable()
+        unknown = {*changes} - {"connection", "match_time", *known}
         if unknown:
-            raise ValueError(f"variant {name} can change connection, model and trainer, got {', '.join(unknown)}")
+            *names, last = "connection", *known
+            raise ValueError(f"variant {name} can change {', '.join(names)} and {last}, got {', '.join(unknown)}")
         if "connection" in changes or "match_time" not in changes:
             parse_connection(changes.get("connection", name))
-        known = {"model": defaults(self.module), "trainer": defaults(pl.Trainer)}
         for group, names in known.items():
             given = changes.get(group) or {}
             if not isinstance(given, dict):
@@ -184,22 +187,9 @@ class Study:
         """The same without what follows from measured costs."""
         own = {} if self.connection(variant) == variant else {"connection": self.connection(variant)}
         model, trainer = self.model_arguments(variant), self.trainer_arguments(variant)
-        return self.complete({"model": model, "data": self.data, "trainer": trainer, **own, **self.more_settings})
-
-    def complete(self, settings: dict[str, Any]) -> dict[str, Any]:
-        """The same as JSON has it, with the defaults of model and data, without what leaves results as they are."""
-        settings = json.loads(json.dumps(settings))
-        for group, cls in {"model": self.module, "data": ImageData}.items():
-            usual = json.loads(json.dumps({k: v for k, v in defaults(cls).items() if k not in NOT_SETTINGS}))
-            settings[group] = {key: value for key, value in merge(usual, settings[group]).items() if value is not None}
-        for name in ("root", "num_workers"):
-            settings["data"].pop(name, None)
-        usual, given = defaults(pl.Trainer), settings["trainer"]
-        settings["trainer"] = {k: v for k, v in given.items() if k not in usual or v != usual[k]}
-        settings["trainer"].pop("enable_progress_bar", None)
-        if settings["trainer"].get("devices") in (1, "1"):  # said where there are jobs
-            del settings["trainer"]["devices"]
-        return settings
+        return complete(
+            self.module, {"model": model, "data": self.data, "trainer": trainer, **own, **self.more_settings}
+        )
 
     def cell_folder(self, variant: str, seed: int) -> Path:
         return self.out / variant / f"seed{seed}"
@@ -344,7 +334,7 @@ class Study:
             trained = last_checkpoint(path.parent) is not None or self.read_result(variant, seed) is not None
             if not path.is_file() or not trained:
                 continue
-            difference = first_difference(self.complete(json.loads(path.read_text())), self.settings(variant))
+            difference = first_difference(complete(self.module, json.loads(path.read_text())), self.settings(variant))
             if difference:
                 raise ValueError(
                     f"{path.parent} was run with other settings ({difference}); "
@@ -471,7 +461,7 @@ class Study:
 
     def config(self) -> dict[str, Any]:
         """The study as a configuration of ``hcvision compare``."""
-        settings = self.complete({"model": self.model, "data": self.data, "trainer": self.trainer})
+        settings = complete(self.module, {"model": self.model, "data": self.data, "trainer": self.trainer})
         listed = [*self.changes] if not any(self.changes.values()) else self.changes
         out = f"runs/{self.out.name}" if self.out.is_absolute() else str(self.out)
         about = {"title": self.title, "task": self.task, "out": out, "variants": listed, "seeds": self.seeds}
@@ -488,7 +478,7 @@ class Study:
             if changes_shown:
                 what = ", ".join(f"{name} {json.dumps(value)}" for name, value in changes_shown)
                 lines.append(f"{variant} is {self.connection(variant)} with {what}.")
-        base = dict(flat(self.complete({"model": self.model, "data": self.data, "trainer": self.trainer})))
+        base = dict(flat(complete(self.module, {"model": self.model, "data": self.data, "trainer": self.trainer})))
         others = ", ".join(f"{name} {json.dumps(base[name])}" for name in changed if name in base)
         return [" ".join([*lines, *([f"The others have {others}."] if others else [])])] if lines else []
 

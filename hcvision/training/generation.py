@@ -2,7 +2,6 @@
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ from hcvision.diffusion import (
     OBJECTIVES,
     Sampling,
     SeededNoise,
-    check_sampler,
     columns_of,
     decode,
     enlarge,
@@ -82,7 +80,7 @@ class ImageGenerator(TimmModule):
         super().__init__(model, lr=lr, weight_decay=weight_decay, sched=sched, ema_decay=ema_decay, **kwargs)
         self.diffusion = OBJECTIVES[objective](clip=vae is None)
         self.sampling = Sampling(steps=sample_steps, guidance=sample_guidance, seed=seed)
-        self.check_sampling(self.sampling)
+        self.sampling.check(self.diffusion)
         self.on_sampling_step: Callable[[float], None] = lambda part: None
         self.val_loss, self.test_loss = MeanMetric(), MeanMetric()
         self.evaluated = 0
@@ -94,20 +92,6 @@ class ImageGenerator(TimmModule):
     def check_model(self, name: str) -> None:
         if not isinstance(self.model, DiT):
             raise ValueError(f"{name} is no diffusion model; dit_* are (`--task classify` trains it)")
-
-    def check_sampling(self, plan: Sampling) -> None:
-        """Raise ValueError when these settings do not work with this objective."""
-        check_sampler(plan.sampler or self.diffusion.samplers[0], self.diffusion.samplers)
-        self.diffusion.check_steps(plan.steps or self.diffusion.default_steps)
-        guide(self.model, torch.zeros(1), 0, plan.guidance, plan.guided_channels)
-
-    def settle(self, plan: Sampling) -> Sampling:
-        """The same with the objective's defaults where it says nothing."""
-        return replace(
-            plan,
-            steps=plan.steps or self.diffusion.default_steps,
-            sampler=plan.sampler or self.diffusion.samplers[0],
-        )
 
     def check_data(self, data: ImageData) -> None:
         super().check_data(data)
@@ -197,13 +181,18 @@ class ImageGenerator(TimmModule):
     def generate(self, classes: Tensor, numbers: Sequence[int], plan: Sampling) -> Tensor:
         """Images of classes (B,), uint8 (B, H, W, C); ``numbers`` say which noise each of them starts from."""
         noise = SeededNoise(plan.seed, numbers)
-        plan = self.settle(plan)
+        plan = plan.settle(self.diffusion)
         assert plan.steps is not None
-        assert plan.sampler is not None
+        own: dict[str, Any] = (
+            {"coefficient": plan.coefficient, "last_step": plan.last_step} if plan.sampler == "sde" else {}
+        )
         shape = (len(classes), *self.data_config["input_size"])
-        predict = guide(self, classes, self.hparams["num_classes"], plan.guidance, plan.guided_channels)
+        predict = guide(
+            self, classes, self.hparams["num_classes"], plan.guidance, plan.guided_channels, plan.guidance_interval,
+            self.diffusion.place,
+        )  # fmt: skip
         x = noise(torch.empty(shape, device=classes.device, dtype=torch.float32))
-        for image in self.diffusion.sample(predict, x, steps=plan.steps, sampler=plan.sampler, draw=noise):
+        for image in self.diffusion.sample(predict, x, plan.steps, str(plan.sampler), noise, **own):
             x = image
             self.on_sampling_step(len(classes) / plan.steps)
         if self.hparams["vae"] is not None:

@@ -656,7 +656,9 @@ def test_fit_sample_and_score(dit_run, image_folder, tmp_path, capsys, monkeypat
 
     draw = ["sample", str(dit_run), "--number=10", "--steps=2", "--sampler=ddim", "--accelerator=cpu", "--npz=true"]
     main([*draw, "--classes=[zebra, 0]"])
-    assert "10 images of 2 classes are in samples: samples.png and samples.npz" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "drawn by ddim, 2 steps (2 evaluations of the model), no guidance" in shown
+    assert "10 images of 2 classes are in samples: samples.png and samples.npz" in shown
     images = np.load("samples/samples.npz")["arr_0"]
     assert (images.shape, images.dtype) == ((10, 16, 16, 3), np.uint8)
     assert json.loads(Path("samples/sampling.json").read_text())["classes"] == [2, 0]
@@ -671,6 +673,7 @@ def test_fit_sample_and_score(dit_run, image_folder, tmp_path, capsys, monkeypat
     ]  # fmt: skip
     scores = json.loads(Path("samples/scores.json").read_text())
     assert lines[1].split()[0] == f"{scores['distance']:.4f}"
+    assert scores["drawn"] == "ddim, 2 steps (2 evaluations of the model), no guidance"
     assert Path("classifier/classifier.safetensors").is_file()
 
 
@@ -770,7 +773,10 @@ def bad_generation(dit_run, image_folder, tmp_path):
     yield ("sample", "nowhere"), "there is no checkpoint nowhere: neither a file nor the folder of a run"
     yield ("sample", str(dit_run), "--classes=[zebr]"), "unknown class 'zebr'; did you mean zebra?"
     yield ("sample", str(dit_run), "--classes=[7]"), "unknown class '7'; there are left-out, müller straße, zebra"
-    yield ("sample", str(dit_run), "--sampler=heun"), "sampler must be ddpm or ddim for this objective, got 'heun'"
+    yield (
+        ("sample", str(dit_run), "--sampler=heun"),
+        "sampler must be ddpm, ddim, dpm++ or unipc for this objective, got 'heun'",
+    )
     yield ("sample", str(dit_run), "--stepps=3"), "did you mean --steps"
     yield ("score", "nowhere"), "there are no samples nowhere"
     yield ("encode", "nowhere", "latents"), "there is no folder nowhere"

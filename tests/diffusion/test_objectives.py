@@ -172,6 +172,65 @@ def test_ddpm_samples_a_gaussian(sampler, steps):
     assert out.std().item() == pytest.approx(0.5, abs=0.025)
 
 
+@pytest.mark.parametrize("sampler", ["dpm++", "unipc"])
+def test_solvers_are_of_second_order(sampler):
+    """In few steps they are nearer to the flow of a Gaussian's exact model than ddim, and twice the steps tell."""
+    diffusion, x = DDPM(), batch()[2]
+
+    def exact(x, t):  # images are N(0.3, 0.5^2)
+        kept = diffusion.kept[t][:, None, None, None]
+        return (x - kept.sqrt() * 0.3) / (kept * 0.25 + 1 - kept) * (1 - kept).sqrt()
+
+    last_kept = diffusion.kept[-1]
+    truth = 0.3 + 0.5 * (x - last_kept.sqrt() * 0.3) / (last_kept * 0.25 + 1 - last_kept).sqrt()
+    errors, of_ddim = (
+        [(last(diffusion.sample(exact, x, steps, name)) - truth).abs().max().item() for steps in (10, 20, 40)]
+        for name in (sampler, "ddim")
+    )
+    assert errors[0] > 3 * errors[1] > 9 * errors[2]
+    assert all(ours < ddim / 3 for ours, ddim in zip(errors[1:], of_ddim[1:], strict=True))
+    assert len(list(diffusion.sample(exact, x, 1, sampler))) == 1
+
+
+def solver_by_hand(diffusion, model, x, steps, clip):
+    """DPM-Solver++ 2M (arXiv 2211.01095, algorithm 2), first order in the first and the last step."""
+    kept = torch.cat([diffusion.kept, torch.ones(1, dtype=torch.float64)])
+    times = [round(999 * i / steps) for i in range(steps, 0, -1)] + [1000]
+    half_log_snr = lambda t: (kept[t] / (1 - kept[t])).log() / 2  # noqa: E731
+    before = None
+    for i, (t, then) in enumerate(itertools.pairwise(times)):
+        noise = model(x, torch.full((len(x),), t))[:, :3]
+        image = (x - (1 - kept[t]).sqrt() * noise) / kept[t].sqrt()
+        image = image.clamp(-1, 1) if clip else image
+        if then == 1000:
+            return image
+        step, guess = half_log_snr(then) - half_log_snr(t), image
+        if i:
+            ratio = (half_log_snr(t) - half_log_snr(times[i - 1])) / step
+            guess = image + (image - before) / (2 * ratio)
+        shrink = ((1 - kept[then]) / (1 - kept[t])).sqrt()
+        x, before = shrink * x - kept[then].sqrt() * torch.expm1(-step) * guess, image
+
+
+@pytest.mark.parametrize("clip", [False, True])
+def test_dpm_solver_by_hand(clip):
+    """diffusers' scheduler gets our schedule, our predicted noise without the variance, and our clipping."""
+    model, x = Linear(), batch()[2]
+    ours = list(DDPM(clip=clip).sample(model, x, 8, "dpm++"))
+    expected = solver_by_hand(DDPM(), model, x, 8, clip)
+    torch.testing.assert_close(ours[-1], expected, rtol=1e-4, atol=1e-4)  # of float32 schedules in diffusers
+    first = (x - (1 - DDPM().kept[999]).sqrt() * model(x, torch.full((5,), 999))[:, :3]) / DDPM().kept[999].sqrt()
+    torch.testing.assert_close(ours[0], first.clamp(-1, 1) if clip else first)
+    assert not torch.allclose(ours[-1], last(DDPM(clip=clip).sample(model, x, 8, "unipc")), atol=1e-3)
+
+
+def test_solvers_need_diffusers(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    for sampler in ("dpm++", "unipc"):
+        with pytest.raises(ValueError, match=r"needs diffusers: pip install 'hcvision\[latents\]'"):
+            last(DDPM().sample(None, batch()[0], 4, sampler))
+
+
 # the linear path
 
 
@@ -203,12 +262,79 @@ def test_velocity_order(sampler, order):
 
 
 def test_velocity_evaluations():
-    """Euler evaluates once a step, Heun twice but in the last."""
-    for sampler, count in (("euler", 5), ("heun", 9)):
+    """Euler and Euler-Maruyama evaluate once a step, Heun twice but in the last."""
+    for sampler, count in (("euler", 5), ("heun", 9), ("sde", 5)):
+        assert LinearPath().count_evaluations(5, sampler) == count
         calls = []
         last(LinearPath().sample(lambda x, t, calls=calls: (calls.append(t[0].item()), x)[1], batch()[2], 5, sampler))
         assert len(calls) == count
         assert calls[0] == 0
+
+
+def gaussian_velocity(x, t):
+    """The exact velocity where images are N(0.3, 0.5^2)."""
+    at = t[:, None, None, None].double()
+    return 0.3 + (at * 0.25 - (1 - at)) * (x - at * 0.3) / (at**2 * 0.25 + (1 - at) ** 2)
+
+
+def moments(steps, coefficient, last_step, velocity=gaussian_velocity):
+    """The exact mean and variance of what ``sde`` makes of noise: it is affine in the noise of the start and each step.
+
+    Row 0 has no noise at all, row 1 a start of 1, row i + 2 a draw of 1 in step i.
+    """
+    start, step = torch.zeros(steps + 1, 1, 1, 1, dtype=torch.float64), itertools.count(2)
+    start[1] = 1
+
+    def draw(x):
+        noise = torch.zeros_like(x)
+        noise[next(step)] = 1
+        return noise
+
+    ends = last(LinearPath().sample(velocity, start, steps, "sde", draw, coefficient, last_step)).flatten()
+    assert next(step) == steps + 1  # every step but the last draws
+    return ends[0].item(), (ends[1:] - ends[0]).square().sum().item()
+
+
+@pytest.mark.parametrize(("coefficient", "order"), [("constant", 1), ("sigma", 1), ("path", 2)])
+def test_sde_order(coefficient, order):
+    """The variance of a Gaussian, to the order of Euler-Maruyama or better; its mean, which goes straight, exactly.
+
+    Nothing is drawn at random.
+    """
+    found = [moments(steps, coefficient, 1 / steps) for steps in (100, 200, 400)]
+    assert all(mean == pytest.approx(0.3, abs=1e-7) for mean, _ in found)  # times are float32
+    errors = [abs(variance - 0.25) for _, variance in found]
+    assert errors[0] < 0.004
+    for a, b in itertools.pairwise(errors):
+        assert a / b == pytest.approx(2**order, rel=0.1)
+
+
+def test_sde_in_few_steps():
+    """With the published last step, too, whatever the coefficient."""
+    for steps in (20, 50, 250):
+        for coefficient in ("constant", "sigma", "path"):
+            assert moments(steps, coefficient, 0.04)[1] == pytest.approx(0.25, abs=max(0.4 / steps, 0.003))
+
+
+@pytest.mark.parametrize("coefficient", ["constant", "sigma", "path"])
+def test_sde_by_hand(coefficient):
+    """Euler-Maruyama for dx = (v + D score) dt + sqrt(2 D) dW, image by image from the equations; a last step without
+    noise to the predicted image."""
+    model, x = Linear(), batch()[2]
+    draws = [torch.randn(x.shape, generator=torch.Generator().manual_seed(i), dtype=torch.float64) for i in range(4)]
+    given, size, expected = iter(draws), 0.9 / 4, x
+    ours = last(LinearPath().sample(model, x, 5, "sde", lambda x: next(given), coefficient, 0.1))
+    for i in range(4):
+        t = i * size
+        v = model(expected, torch.full((5,), t))[:, :3]
+        noise = expected - t * v  # the mean of the noise in x_t
+        score = -noise / (1 - t)
+        amount = {"constant": 1, "sigma": 1 - t, "path": (1 - t) / max(t, 2 * size)}[coefficient]
+        expected = expected + size * (v + amount * score) + (2 * amount * size) ** 0.5 * draws[i]
+    expected = expected + 0.1 * model(expected, torch.full((5,), 0.9))[:, :3]
+    torch.testing.assert_close(ours, expected)
+    alone = last(LinearPath().sample(model, x, 1, "sde"))
+    torch.testing.assert_close(alone, x + model(x, torch.zeros(5))[:, :3])
 
 
 def test_image_loss():
@@ -260,6 +386,29 @@ def test_guidance(channels):
     assert torch.equal(guide(model, y, null=10, scale=1.0)(x, t), wanted)
 
 
+def test_guidance_in_an_interval():
+    """Inside it is guidance, outside the class alone, evaluated once; rows may be at different times."""
+    model, (x, y, _) = Linear(), batch()
+    t = torch.tensor([0.0, 0.2, 0.5, 0.8, 1.0])
+    calls = []
+
+    def counted(x, t, y):
+        calls.append(len(x))
+        return model(x, t, y)
+
+    always, never = guide(model, y, 10, 1.7)(x, t), model(x, t, y)
+    found = guide(counted, y, 10, 1.7, interval=(0.2, 0.8))(x, t)
+    assert torch.equal(found[1:4], always[1:4])
+    torch.testing.assert_close(found[[0, 4]], never[[0, 4]])
+    assert (found[1:4] - never[1:4]).abs().max() > 0.1
+    assert torch.equal(guide(counted, y, 10, 1.7, interval=(0.6, 0.7))(x, t), never)
+    assert calls == [10, 5]
+    steps = torch.tensor([999, 799, 500, 201, 0])  # of DDPM, which count the other way
+    found = guide(model, y, 10, 1.7, interval=(0.2, 0.8), place=DDPM().place)(x, steps)
+    same = [torch.allclose(row, wanted) for row, wanted in zip(found, model(x, steps, y), strict=True)]
+    assert same == [True, False, False, False, True]
+
+
 def test_likelihood():
     """256 values in all, whose probabilities add up to one."""
     values = torch.arange(256, dtype=torch.float64) / 255 * 2 - 1
@@ -291,8 +440,10 @@ def test_training_decreases_the_loss():
         (lambda: DDPM(1), "timesteps must be at least 2, got 1"),
         (lambda: last(DDPM().sample(None, batch()[0], 0)), "steps must be between 1 and 1000, got 0"),
         (lambda: last(DDPM().sample(None, batch()[0], 2000)), "steps must be between 1 and 1000, got 2000"),
-        (lambda: last(DDPM().sample(None, batch()[0], 10, "heun")), "sampler must be ddpm or ddim .*, got 'heun'"),
-        (lambda: last(LinearPath().sample(None, batch()[0], 10, "ddim")), "sampler must be heun or euler"),
+        (lambda: last(DDPM().sample(None, batch()[0], 10, "heun")), "ddpm, ddim, dpm.* or unipc .*, got 'heun'"),
+        (lambda: last(LinearPath().sample(None, batch()[0], 10, "ddim")), "sampler must be heun, euler or sde"),
+        (lambda: last(LinearPath().sample(None, batch()[0], 9, "sde", None, "tau")), "of constant, sigma, path, got"),
+        (lambda: last(LinearPath().sample(None, batch()[0], 9, "sde", None, "path", 1.0)), "last_step must be above 0"),
         (lambda: last(LinearPath().sample(None, batch()[0], 0)), "steps must be at least 1, got 0"),
         (lambda: guide(None, None, 0, -1.0), "guidance needs scale >= 0 and channels >= 1, got -1.0 and 3"),
     ],

@@ -5,9 +5,11 @@ import pytest
 import torch
 from conftest import randomize
 
+from hcvision.diffusion.objectives import DDPM, LinearPath, SeededNoise, guide
 from hcvision.diffusion.sampling import (
     Sampling,
     columns_of,
+    describe_samples,
     draw_samples,
     enlarge,
     gaps,
@@ -98,9 +100,12 @@ def test_other_settings_or_weights_in_the_same_folder(module, tiny_dit, tmp_path
         ({"number": 0}, "at least 1, got 0 and 3"),
         ({"classes": (0, 3)}, r"classes must be one or more of 0 to 2, got \[0, 3\]"),
         ({"classes": ()}, "classes must be one or more"),
-        ({"plan": Sampling(sampler="heun")}, "sampler must be ddpm or ddim for this objective, got 'heun'"),
+        ({"plan": Sampling(sampler="heun")}, "ddpm, ddim, dpm\\+\\+ or unipc for this objective, got 'heun'"),
         ({"plan": Sampling(steps=1001)}, "steps must be between 1 and 1000, got 1001"),
         ({"plan": Sampling(guidance=-1.0)}, "guidance needs scale >= 0"),
+        ({"plan": Sampling(last_step=0.1)}, "last_step is for the sampler sde, got 0.1 for ddpm"),
+        ({"plan": Sampling(coefficient="path")}, "coefficient is for the sampler sde, got path for ddpm"),
+        ({"plan": Sampling(guidance_interval=(0, 1))}, r"is for guidance, got \[0, 1\] with guidance 1"),
     ],
 )
 def test_wrong_arguments(module, tmp_path, arguments, message):
@@ -169,3 +174,64 @@ def test_what_a_run_says_about_itself(module, tmp_path):
     about = json.loads((tmp_path / "a" / "sampling.json").read_text())
     assert about["plan"] == {"steps": 3, "sampler": "ddpm", "guidance": 2.0, "guided_channels": 3, "seed": 5}
     assert about["classes"] == [0, 2]
+    assert about["drawn"] == "ddpm, 3 steps (3 evaluations of the model), guidance 2 on all channels"
+    assert describe_samples(tmp_path / "a") == about["drawn"]
+    del about["drawn"]  # as a run of an earlier version
+    (tmp_path / "a" / "sampling.json").write_text(json.dumps(about))
+    assert describe_samples(tmp_path / "a") == "ddpm, 3 steps, guidance 2"
+    draw(module, tmp_path / "a", number=2)
+
+
+@pytest.mark.parametrize(
+    ("plan", "objective", "channels", "words"),
+    [
+        (Sampling(), LinearPath(), 3, "heun, 50 steps (99 evaluations of the model), no guidance"),
+        (
+            Sampling(20, "sde", 1.5), LinearPath(), 4,
+            "sde, 20 steps (coefficient sigma, last step 0.04; 20 evaluations of the model), guidance 1.5 on the first "
+            "3 of 4 channels",
+        ),
+        (
+            Sampling(9, "dpm++", 4.0, None, guidance_interval=(0.25, 1)), DDPM(), 4,
+            "dpm++, 9 steps (9 evaluations of the model), guidance 4 on all channels from 0.25 to 1 of the way to the "
+            "image",
+        ),
+        (
+            Sampling(9, "sde", 2.0, coefficient="path", last_step=0.1), LinearPath(), 1,
+            "sde, 9 steps (coefficient path, last step 0.1; 9 evaluations of the model), guidance 2 on all channels",
+        ),
+    ],
+)  # fmt: skip
+def test_plans_in_words(plan, objective, channels, words):
+    assert plan.describe(objective, channels) == words
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        Sampling(4, "sde", 1.5, coefficient="path", last_step=0.2), Sampling(4, "sde", last_step=0.1),
+        Sampling(4, "euler", 3.0, guidance_interval=(0.3, 0.6)), Sampling(4, "euler", 3.0), Sampling(4, "sde"),
+    ],
+)  # fmt: skip
+def test_what_is_drawn_is_the_plan(plan, tiny_dit, tmp_path):
+    """Options reach the sampler: images are those of the objective called by hand."""
+    arguments = {"num_classes": 3, "model_args": tiny_dit, "objective": "velocity"}
+    module = randomize(ImageGenerator("dit_tiny_patch4_pixel", **arguments), 0.1).eval()
+    images = draw(module, tmp_path / "a", number=2, plan=plan)
+    noise, classes = SeededNoise(0, [0, 1]), torch.tensor([0, 2])
+    start = noise(torch.empty(2, 3, 16, 16))
+    predict = guide(module, classes, 3, plan.guidance, 3, plan.guidance_interval)
+    own = {"coefficient": plan.coefficient or "sigma", "last_step": plan.last_step or 0.04}
+    *_, expected = LinearPath(clip=True).sample(predict, start, 4, plan.sampler, noise, **own)
+    assert torch.equal(images, to_uint8(expected, (0.5,) * 3, (0.5,) * 3))
+
+
+def test_plans_that_cannot_be_meant():
+    for given, message in (
+        ({"guidance_interval": (0.5, 0.2)}, "guidance_interval must be the smaller number and then the larger one"),
+        ({"guidance_interval": (0.5, 1.2)}, "each number of guidance_interval must be at least 0 and at most 1"),
+        ({"coefficient": "sigmma"}, "unknown coefficient 'sigmma'; did you mean sigma"),
+        ({"last_step": 0}, "last_step must be above 0 and below 1, got 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Sampling(**given)

@@ -763,7 +763,8 @@ def test_a_generation_study_trains_draws_and_scores(make_generation, image_folde
     ]  # fmt: skip
     losses = [float(row["val_loss"]) for row in rows if row["variant"] == "dhc2"]
     assert lines[3][4].startswith(f"{sum(losses) / 2:.4f} ± ")
-    assert "12 samples (seed 0, guidance 1.5) against 30 training images, on the features of small classifier" in text
+    how = "heun, 2 steps (3 evaluations of the model), guidance 1.5 on all channels"
+    assert f"12 samples (seed 0, {how}) against 30 training images, on the features of small classifier" in text
     assert "It is no FID" in text
     for name in ("samples.png", "curves.png"):
         assert (out / name).read_bytes().startswith(b"\x89PNG")
@@ -802,6 +803,28 @@ def test_the_samples_of_a_cell_are_those_of_its_checkpoint(make_generation, tmp_
     assert torch.equal(again, read_samples(folder / "samples" / "parts", 12))
     with pytest.raises(ValueError, match=r"network is 'small classifier, 1 epochs' there and 'Inception' here"):
         make_generation(variants=["residual"], seeds=[1], inception="weights.pth").run()
+
+
+def test_variants_may_draw_otherwise(make_generation, tmp_path):
+    """The same training, scored by two samplers: settings, samples and the report say which."""
+    more = {"connection": "residual", "sampling": {"sampler": "sde", "steps": 3}}
+    study = make_generation(variants={"ode": {"connection": "residual"}, "sde": more}, seeds=[0], timing_rounds=0)
+    assert study.settings("ode")["sampling"]["steps"] == 2
+    assert study.settings("sde")["sampling"] == {**study.settings("ode")["sampling"], "steps": 3, "sampler": "sde"}
+    text = study.run(say=lambda _: None).read_text()
+    assert (
+        "ode: seed 0, heun, 2 steps (3 evaluations of the model), guidance 1.5 on all channels; sde: seed 0, " in text
+    )
+    assert "sde, 3 steps (coefficient sigma, last step 0.04; 3 evaluations of the model)" in text
+    one, two = (
+        json.loads((tmp_path / "study" / name / "seed0" / "result.json").read_text()) for name in study.variants
+    )
+    assert one["val_loss"] == two["val_loss"]
+    assert one["distance"] != two["distance"]
+    with pytest.raises(ValueError, match="sampler must be heun, euler or sde for this objective, got 'ddim'"):
+        make_generation(variants={"ode": {"connection": "residual", "sampling": {"sampler": "ddim"}}})
+    with pytest.raises(ValueError, match=r"unknown sampling argument \(variant ode\) 'stepps'; did you mean steps"):
+        make_generation(variants={"ode": {"connection": "residual", "sampling": {"stepps": 3}}})
 
 
 def test_a_study_needs_real_images(make_generation, image_folder, tmp_path):
