@@ -148,8 +148,8 @@ class Study:
         known = self.changeable()
         unknown = {*changes} - {"connection", "match_time", *known}
         if unknown:
-            *names, last = "connection", *known
-            raise ValueError(f"variant {name} can change {', '.join(names)} and {last}, got {', '.join(unknown)}")
+            *first, last = "connection", *known
+            raise ValueError(f"variant {name} can change {', '.join(first)} and {last}, got {', '.join(unknown)}")
         if "connection" in changes or "match_time" not in changes:
             parse_connection(changes.get("connection", name))
         for group, names in known.items():
