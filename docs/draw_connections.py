@@ -37,7 +37,7 @@ def coefficients(model: torch.nn.Module, images: Tensor) -> tuple[Tensor, Tensor
         model(images)
         handle.remove()
         alpha, beta = block.connection1.weights(seen[0])
-    alpha, beta = alpha.flatten(0, 1).mean(0), beta.flatten(0, 1).mean(0)
+    alpha, beta = (part.flatten(0, alpha.ndim - 3).mean(0) for part in (alpha, beta))  # over images, tokens, channels
     views = alpha.shape[1] - alpha.shape[0]
     if beta.ndim == 1:  # one view for all streams, or a view for each
         beta = beta[:, None] if views == 1 else torch.diag(beta)

@@ -14,6 +14,7 @@ from hcvision.connections import eager, recomputation, steps
 from hcvision.connections.kernels import native
 from hcvision.connections.kernels import operators as kernels
 from hcvision.connections.kernels import triton as gpu
+from hcvision.connections.names import NAMES
 from hcvision.connections.streams import StreamConnection
 from hcvision.studies import measuring
 
@@ -732,6 +733,24 @@ def test_pairs(tmp_path, capsys):
         assert f"pairs must be ONE:OTHER of a, a-b, got {wrong[0]}" in capsys.readouterr().err
 
 
+# parameters.py
+
+
+def test_parameters(capsys):
+    """What each connection adds to a ViT-S/16; the table of docs/connections.md has the same numbers."""
+    importlib.import_module("parameters").main([])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "vit_small_patch16_224: 22,050,664 parameters"
+    counts = dict(line.split(": ") for line in lines[1:])
+    assert counts["shc4"] == "576 (0.00%)"
+    page = (Path(__file__).parents[1] / "docs" / "connections.md").read_text()
+    rows = [line for line in page.splitlines() if line.startswith("| `") and "arxiv" in line]
+    assert len(rows) >= 1
+    for row in rows:
+        cells = [cell.strip() for cell in row.split(" | ")]
+        assert cells[3] == counts[cells[0].strip("|` ")]
+
+
 # names.py
 
 
@@ -739,7 +758,9 @@ def test_names(capsys):
     """What importing registers, counted in a process of its own, and what it took."""
     importlib.import_module("names").main(["--rounds", "1"])
     vit, dit, entries, seconds = capsys.readouterr().out.splitlines()
-    assert vit == "ViT: 60 names, 300 pretrained tags of their bases"
-    assert dit == "DiT: 288 names, 0 pretrained tags of their bases"
-    assert entries.endswith(" names of timm's own, 349 more; 649 entries with tags")
+    vits, dits = 4 * len(NAMES), 18 * (1 + len(NAMES))
+    assert vit == f"ViT: {vits} names, {5 * vits} pretrained tags of their bases"
+    assert dit == f"DiT: {dits} names, 0 pretrained tags of their bases"
+    more = vits + dits + 1  # hcvision_converted
+    assert entries.endswith(f" names of timm's own, {more} more; {more + 5 * vits} entries with tags")
     assert 0 < float(seconds.split()[2]) < 60

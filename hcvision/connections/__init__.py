@@ -17,6 +17,7 @@ class                      name           streams S  views V  width E  source
 ``ManifoldConnection``     ``mhc4``       n          1        dim      mHC, arXiv 2512.24880
 ``IdentityConnection``     ``ihc4``       n          1        dim      mHC that never mixes its streams
 ``GeneralizedConnection``  ``ghc2x3``     n          m        dim / m  Virtual Width Networks, arXiv 2511.11238
+``ChannelwiseConnection``  ``sihc4``      n          1        dim      SiHC, arXiv 2609.33895
 =========================  =============  =========  =======  =======  =====================================
 
 ``base.py`` is the seam and ``streams.py`` what all connections with streams share; each kind has a file of its own;

@@ -42,6 +42,17 @@ def depth_connection(streams: Tensor, output: Tensor, alpha: Tensor, beta: Tenso
     return Depth.apply(placeholder, carried, output, beta).flatten(-2).to(streams.dtype)
 
 
+def read_channels(streams: Tensor, read: Tensor) -> Tuple[Tensor, Tensor]:
+    """See ``steps.read_channels``."""
+    view, placeholder = ReadChannels.apply(streams, read)
+    return view.to(streams.dtype), placeholder
+
+
+def write_channels(placeholder: Tensor, output: Tensor, write: Tensor) -> Tensor:
+    """See ``steps.write_channels``."""
+    return WriteChannels.apply(placeholder, output, write).flatten(-2).to(placeholder.dtype)
+
+
 def prepare(rule: Rule, center: bool, dtype: torch.dtype) -> Any:
     """``reference.prepare`` with one node in the graph of gradients."""
     return Prepare.apply(center, dtype, *rule)
@@ -331,3 +342,61 @@ class Depth(torch.autograd.Function):
                 grad_output = beta[..., None] * grad
                 grad_beta = torch.linalg.vecdot(output.to(grad.dtype), grad)
         return grad, None, grad_output, grad_beta
+
+
+def multiply_up(streams: Tensor, output: Tensor) -> Tensor:
+    """The sum over all tokens of streams * output, stream by stream: (..., S, E), (..., 1, E) -> (S, E)."""
+    width, output = streams.shape[-1], output.squeeze(-2)
+    return torch.stack([(one * output).reshape(-1, width).sum(0) for one in streams.unbind(-2)])
+
+
+@skip_binding
+class ReadChannels(torch.autograd.Function):
+    """``reference.read_channels`` and the placeholder; saves streams and weights."""
+
+    @staticmethod
+    def forward(streams, read):
+        return reference.read_by_channel(streams, read), streams.view_as(streams)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx, grad_view, grad_carried):
+        streams, read = ctx.saved_tensors
+        if grad_view is None:
+            return grad_carried, torch.zeros_like(read)
+        if needs_operations_backward((grad_view, grad_carried)):
+
+            def both(streams, read):
+                return reference.read_by_channel(streams, read), streams
+
+            return tuple(reference.gradients(both, (streams, read), (grad_view, grad_carried)))
+        with without_autocast(streams.device.type):
+            grad = grad_view[..., None, :]
+            back = read * grad if grad_carried is None else torch.addcmul(grad_carried.to(read.dtype), read, grad)
+            return back, multiply_up(streams, grad) if ctx.needs_input_grad[1] else None
+
+
+@skip_binding
+class WriteChannels(torch.autograd.Function):
+    """``reference.write_channels``; saves the branch output and the weights."""
+
+    @staticmethod
+    def forward(streams, output, write):
+        return torch.addcmul(streams.to(write.dtype), write, output)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs[1:])
+
+    @staticmethod
+    def backward(ctx, grad):
+        output, write = ctx.saved_tensors
+        with without_autocast(grad.device.type):
+            grad_output = reference.read_by_channel(grad, write)[..., None, :]
+            if needs_operations_backward([grad]):
+                return grad, grad_output, (grad * output).reshape(-1, *write.shape).sum(0)
+            return grad, grad_output, multiply_up(grad, output) if ctx.needs_input_grad[2] else None

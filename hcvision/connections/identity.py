@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from hcvision.connections.manifold import ManifoldConnection
+from hcvision.connections.streams import carry_unmixed
 
 
 class IdentityConnection(ManifoldConnection):
@@ -25,10 +26,11 @@ class IdentityConnection(ManifoldConnection):
         return f"ihc{self.rate}"
 
     @torch.jit.ignore
-    def whole_alpha(self, alpha: Tensor) -> Tensor:
-        """(..., S, 1+S) of the read (..., S)."""
-        same = torch.eye(self.streams, dtype=alpha.dtype, device=alpha.device)
-        return torch.cat([alpha[..., None], same.expand(*alpha.shape, -1)], dim=-1)
+    def whole_weights(
+        self, streams: Tensor, alpha: Tensor, beta: Tensor, output: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """alpha (..., S, 1+S) of the read (..., S), and the write."""
+        return carry_unmixed(alpha), beta
 
     def rule(self) -> Tuple[List[Tensor], List[Tensor], List[Tensor]]:
         """phi, the scales and the biases: of the read, of the write."""

@@ -51,7 +51,6 @@ class ManifoldConnection(StreamConnection):
     parts = {"width": ("_pre", "_res"), "depth": ("_post",)}  # noqa: RUF012
     undecayed = tuple(f"{what}_{part}" for what in ("scale", "bias") for part in ("pre", "post", "res"))
     dynamic = True
-    mixes = True  # has H_res
 
     def __init__(
         self,

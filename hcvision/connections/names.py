@@ -6,14 +6,26 @@ from collections.abc import Callable
 from typing import Any
 
 from hcvision.connections.base import Connection, Residual
+from hcvision.connections.channelwise import ChannelwiseConnection
 from hcvision.connections.frac import FracConnection
 from hcvision.connections.generalized import GeneralizedConnection
 from hcvision.connections.hyper import HyperConnection
 from hcvision.connections.identity import IdentityConnection
 from hcvision.connections.manifold import ManifoldConnection
 
-KINDS = ("shc", "dhc", "sfc", "dfc", "mhc", "ihc", "ghc")
-NAMES = (*(f"{kind}{rate}" for kind in KINDS[:4] for rate in (2, 4, 8)), "mhc4", "ihc4", "ghc2x3")  # timm names end so
+BUILDERS: dict[str, Callable[..., Connection]] = {  # by kind, called with dim, rate, layer_index and options
+    "shc": functools.partial(HyperConnection, dynamic=False),
+    "dhc": functools.partial(HyperConnection, dynamic=True),
+    "sfc": functools.partial(FracConnection, dynamic=False),
+    "dfc": functools.partial(FracConnection, dynamic=True),
+    "mhc": ManifoldConnection,
+    "ihc": IdentityConnection,
+    "ghc": GeneralizedConnection,
+    "sihc": ChannelwiseConnection,
+}
+KINDS = tuple(BUILDERS)
+SUCCESSORS = ("mhc4", "ihc4", "ghc2x3", "sihc4")
+NAMES = (*(f"{kind}{rate}" for kind in KINDS[:4] for rate in (2, 4, 8)), *SUCCESSORS)  # timm names end so
 
 
 def parse_connection(name: str) -> tuple[str, Any]:
@@ -25,9 +37,10 @@ def parse_connection(name: str) -> tuple[str, Any]:
         return "residual", 1
     match = re.fullmatch(rf"({'|'.join(KINDS)})([1-9]\d*)(?:x([1-9]\d*))?", name) if isinstance(name, str) else None
     if match is None or (match[1] == "ghc") != (match[3] is not None):
+        rated = ", ".join(kind for kind in KINDS if kind != "ghc")
         raise ValueError(
-            f"connection must be 'residual' or one of {', '.join(KINDS[:-1])} followed by a rate of at least 1, such "
-            f"as 'dhc2', or ghc followed by fractions x segments, such as 'ghc2x3', got {name!r}"
+            f"connection must be 'residual' or one of {rated} followed by a rate of at least 1, such as 'dhc2', or ghc "
+            f"followed by fractions x segments, such as 'ghc2x3', got {name!r}"
         )
     return match[1], (int(match[2]), int(match[3])) if match[3] else int(match[2])
 
@@ -37,7 +50,7 @@ def build_connection(name: str, dim: int, layer_index: int = 0, **options) -> "C
 
     Args:
         name: ``residual``; static/dynamic + hyper/frac + rate: ``shc2``, ``dhc4``, ``sfc2``, ``dfc4``; or a
-            successor: ``mhc4``, ``ihc4``, ``ghc2x3``.
+            successor: ``mhc4``, ``ihc4``, ``ghc2x3``, ``sihc4``.
         dim: width of the model (timm's embed_dim).
         layer_index: index of the sub-layer, counted from 0 over attention and MLP alike.
         **options: keyword arguments of the class: ``tanh``, ``norm``, ``backend``, ``device``, ``dtype``, and
@@ -51,14 +64,3 @@ def build_connection(name: str, dim: int, layer_index: int = 0, **options) -> "C
     if kind == "residual":
         return Residual(dim)
     return BUILDERS[kind](dim, rate, layer_index, **options)
-
-
-BUILDERS: dict[str, Callable[..., Connection]] = {  # by kind, called with dim, rate, layer_index and options
-    "shc": functools.partial(HyperConnection, dynamic=False),
-    "dhc": functools.partial(HyperConnection, dynamic=True),
-    "sfc": functools.partial(FracConnection, dynamic=False),
-    "dfc": functools.partial(FracConnection, dynamic=True),
-    "mhc": ManifoldConnection,
-    "ihc": IdentityConnection,
-    "ghc": GeneralizedConnection,
-}

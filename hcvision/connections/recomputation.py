@@ -6,8 +6,7 @@ A compiler is told to do the same by way of a checkpoint around the rule. ``hcvi
 """
 
 import contextlib
-import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -15,17 +14,19 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from hcvision.connections import layout, steps
+from hcvision.connections import layout
 from hcvision.connections.modes import is_exporting, needs_operations
+
+Update = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]  # of streams, by their connection
 
 
 class Recipe:
     """How streams (..., S, E) follow from those before them. Calling it gives them."""
 
     def __init__(
-        self, before: "Tensor | Recipe", ingredients: tuple[Tensor, Tensor, Tensor], backend: str, version: int
+        self, before: "Tensor | Recipe", ingredients: tuple[Tensor, Tensor, Tensor], update: Update, version: int
     ):
-        self.before, self.ingredients, self.backend = before, ingredients, backend
+        self.before, self.ingredients, self.update = before, ingredients, update
         self.version = version  # of the streams that were made; who changes them in place makes others
         self.known: Tensor | None = None  # on the way to later streams, for the one who asks next
 
@@ -40,7 +41,7 @@ class Recipe:
         assert streams is not None
         for recipe in reversed(pending):
             output, alpha, beta = recipe.ingredients
-            following = steps.depth_connection(streams, output, alpha, beta, streams.detach(), recipe.backend)
+            following = recipe.update(streams, output, alpha, beta, streams.detach())
             streams = layout.split_last(following, streams.shape[-2])
             recipe.known = streams
         self.known = None
@@ -51,26 +52,25 @@ RECIPES: Any = WeakTensorKeyDictionary()
 
 
 def depth_connection(
-    streams: Tensor, output: Tensor, alpha: Tensor, beta: Tensor, placeholder: Tensor, backend: str
+    update: Update, streams: Tensor, output: Tensor, alpha: Tensor, beta: Tensor, placeholder: Tensor
 ) -> Tensor:
-    """``steps.depth_connection``, whose outcome need not be kept for backward."""
+    """``update``, the second step of a connection, whose outcome need not be kept for backward."""
     if torch.compiler.is_compiling() and not is_exporting():
-        rule = functools.partial(steps.depth_connection, backend=backend)
         return checkpoint(
-            rule, streams, output, alpha, beta, placeholder, use_reentrant=False, preserve_rng_state=False
+            update, streams, output, alpha, beta, placeholder, use_reentrant=False, preserve_rng_state=False
         )
-    x = steps.depth_connection(streams, output, alpha, beta, placeholder, backend)
-    record(x, streams, output, alpha, beta, backend)
+    x = update(streams, output, alpha, beta, placeholder)
+    record(x, streams, output, alpha, beta, update)
     return x
 
 
-def record(x: Tensor, streams: Tensor, output: Tensor, alpha: Tensor, beta: Tensor, backend: str) -> None:
+def record(x: Tensor, streams: Tensor, output: Tensor, alpha: Tensor, beta: Tensor, update: Update) -> None:
     """Note on x, (..., S*E), how it follows from the streams before it."""
     if isinstance(x, torch.fx.Proxy) or needs_operations():
         return
     before = RECIPES.get(streams, streams.detach())
     ingredients = (output.detach(), alpha.detach(), beta.detach())
-    RECIPES[x] = Recipe(before, ingredients, backend, x._version)
+    RECIPES[x] = Recipe(before, ingredients, update, x._version)
 
 
 @contextlib.contextmanager

@@ -178,6 +178,24 @@ def mix(streams: Tensor, alpha: Tensor, output: Optional[Tensor] = None, beta: O
     return mixed
 
 
+def read_channels(streams: Tensor, read: Tensor) -> Tuple[Tensor, Tensor]:
+    """See ``steps.read_channels``; streams stand for themselves here."""
+    return read_by_channel(streams, read).to(streams.dtype), streams
+
+
+def read_by_channel(streams: Tensor, read: Tensor) -> Tensor:
+    """The sum over streams of read * streams, (S, E) or (..., S, E) and (..., S, E) -> (..., E)."""
+    mixed = read[..., 0, :] * streams[..., 0, :]
+    for i in range(1, streams.shape[-2]):
+        mixed = torch.addcmul(mixed, read[..., i, :], streams[..., i, :])
+    return mixed
+
+
+def write_channels(streams: Tensor, output: Tensor, write: Tensor) -> Tensor:
+    """See ``steps.write_channels``."""
+    return torch.addcmul(streams.to(write.dtype), write, output).flatten(-2).to(streams.dtype)
+
+
 def write(streams: Tensor, alpha: Optional[Tensor], output: Tensor, beta: Tensor) -> Tensor:
     """alpha^T @ streams (None: the streams) + beta * output, or + beta @ output for a beta (..., S, V)."""
     if alpha is None:

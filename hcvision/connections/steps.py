@@ -65,6 +65,35 @@ def read_streams(
 
 
 @torch.fx.wrap
+def read_channels(streams: Tensor, read: Tensor, write: Tensor) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """``width_connection`` where every channel has weights of its own, (S, E) each, and no stream is mixed.
+
+    In the place of alpha and beta go the weights themselves, in float32 at least.
+    """
+    dtype = torch.promote_types(streams.dtype, torch.float32)
+    read, write = read.to(dtype), write.to(dtype)
+    if torch.jit.is_scripting():
+        view, placeholder = reference.read_channels(streams, read)
+    else:
+        form = reference if needs_operations() else eager
+        with without_autocast(streams.device.type):
+            view, placeholder = form.read_channels(streams, read)
+    return view, streams, read, write, placeholder
+
+
+@torch.fx.wrap
+def write_channels(streams: Tensor, output: Tensor, write: Tensor, placeholder: Tensor) -> Tensor:
+    """The second step behind it: streams + write * output, (..., S, E) and (..., 1, E) -> (..., S*E)."""
+    if torch.jit.is_scripting():
+        return reference.write_channels(streams, output, write)
+    else:
+        with without_autocast(streams.device.type):
+            if needs_operations() or placeholder is streams:
+                return reference.write_channels(streams, output, write)
+            return eager.write_channels(placeholder, output, write)
+
+
+@torch.fx.wrap
 def carry_streams(streams: Tensor, alpha: Tensor, beta: Tensor, views: int) -> Tensor:
     """The placeholder of streams (..., S, E) that are to be carried, where they are not those that were read."""
     if torch.jit.is_scripting():

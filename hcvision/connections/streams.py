@@ -22,8 +22,10 @@ class StreamConnection(Connection):
     """
 
     has_kernels = True  # whether any step has a kernel
+    mixes = True  # whether carried streams are mixtures of streams
     stream_dtype: Optional[torch.dtype]  # that streams are stored in, None for that of x; see ``set_stream_dtype``
     __jit_unused_properties__ = ["name"]  # noqa: RUF012 - TorchScript
+    __constants__ = ["mixes"]  # noqa: RUF012 - TorchScript
     parts: Any = {"width": ("alpha",), "depth": ("beta",)}  # what parameters of a part have in their names  # noqa: RUF012
 
     def __init__(self, dim: int, rate: int, streams: int, views: int, layer_index: int, backend: str):
@@ -75,18 +77,21 @@ class StreamConnection(Connection):
         Returns:
             alpha (..., S, V+S): row i says how much of stream i goes into each of the V views, then
             into each of the S carried streams. beta (..., S): how much of the branch output each
-            stream takes; of GHC (..., S, V): of each view.
+            stream takes; of GHC (..., S, V): of each view. Both have one more axis where every channel has weights of
+            its own (SiHC): (..., E, S, V+S) and (..., E, S), and axes of size 1 where all tokens have the same.
 
         Raises:
             ValueError: x is not S*E wide.
         """
-        _, alpha, beta, _ = self.width_connection(x)[1]
-        return self.whole_alpha(alpha), beta
+        streams, alpha, beta, _ = self.width_connection(x)[1]
+        return self.whole_weights(streams, alpha, beta, None)
 
     @torch.jit.ignore
-    def whole_alpha(self, alpha: Tensor) -> Tensor:
-        """(..., S, V+S) of the alpha that goes from step to step."""
-        return alpha
+    def whole_weights(
+        self, streams: Tensor, alpha: Tensor, beta: Tensor, output: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """What ``weights`` returns, of what goes from step to step, and of the branch output if that is known."""
+        return alpha, beta
 
     def width_connection(self, x: Tensor) -> Tuple[Tensor, Tuple[Tensor, Tensor, Tensor, Tensor]]:
         """First step: the branch input, and what the second step makes the carried streams of.
@@ -135,7 +140,11 @@ class StreamConnection(Connection):
         if torch.jit.is_scripting():
             pass
         elif records and torch.is_grad_enabled():
-            return recomputation.depth_connection(streams, output, alpha, beta, placeholder, self.backend)
+            return recomputation.depth_connection(self.update, streams, output, alpha, beta, placeholder)
+        return self.update(streams, output, alpha, beta, placeholder)
+
+    def update(self, streams: Tensor, output: Tensor, alpha: Tensor, beta: Tensor, placeholder: Tensor) -> Tensor:
+        """The next streams (..., S*E), from the branch output (..., V, E) and the carried streams in four parts."""
         return steps.depth_connection(streams, output, alpha, beta, placeholder, self.backend)
 
     def join(
@@ -163,7 +172,15 @@ class StreamConnection(Connection):
         """
         _, alpha, beta, _ = carried
         streams = layout.split_streams(x, self.streams, self.stream_dim)
-        return streams, alpha, beta, steps.carry_streams(streams, alpha, beta, self.views)
+        if self.mixes:
+            return streams, alpha, beta, steps.carry_streams(streams, alpha, beta, self.views)
+        return streams, alpha, beta, streams
+
+
+def carry_unmixed(read: Tensor) -> Tensor:
+    """alpha (..., S, 1+S) of a read (..., S) of one view, where every stream is carried as it is."""
+    same = torch.eye(read.shape[-1], dtype=read.dtype, device=read.device)
+    return torch.cat([read[..., None], same.expand(*read.shape, -1)], dim=-1)
 
 
 class MixingConnection(StreamConnection):
@@ -180,7 +197,7 @@ class MixingConnection(StreamConnection):
     scales (1,) are s_alpha and s_beta.
     """
 
-    __constants__ = ["center_norm"]  # noqa: RUF012 - TorchScript
+    __constants__ = ["mixes", "center_norm"]  # noqa: RUF012 - TorchScript
     center_norm = True  # the dynamic weights see LayerNorm (True) or RMSNorm (False) of a stream
     first_scale = 0.01
     undecayed = ("static_alpha", "static_beta", "dynamic_alpha_scale", "dynamic_beta_scale", "norm_weight")

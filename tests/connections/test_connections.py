@@ -20,7 +20,12 @@ KINDS = ("shc", "dhc", "sfc", "dfc")
 RATES = (1, 2, 3, 4, 8)
 DIM = 24  # every rate divides it
 FOUR = ("shc2", "dhc2", "sfc2", "dfc2")
-SEVEN = (*FOUR, "mhc2", "ihc2", "ghc2x3")
+EVERY = (*FOUR, "mhc2", "ihc2", "ghc2x3", "sihc2")
+STEPS = {  # of kinds that have some of their own
+    "mhc2": ("read_streams", "depth_connection"),
+    "ihc2": ("read_streams", "depth_connection"),
+    "sihc2": ("read_channels", "write_channels"),
+}
 DYNAMIC = ("dhc2", "dfc2")
 
 
@@ -136,7 +141,7 @@ def test_weights(kind, rate):
 
 @pytest.mark.parametrize(
     ("name", "options"),
-    [(name, {}) for name in SEVEN] + [(name, {"tanh": False, "norm": False}) for name in (*FOUR, "ghc2x3")],
+    [(name, {}) for name in EVERY] + [(name, {"tanh": False, "norm": False}) for name in (*FOUR, "ghc2x3")],
 )
 def test_derivatives(name, options):
     """First and second derivatives against finite differences, in forward mode and in batches too."""
@@ -154,7 +159,7 @@ def test_derivatives(name, options):
     assert gradgradcheck(run, inputs, check_fwd_over_rev=True, **batches)
 
 
-@pytest.mark.parametrize("name", SEVEN)
+@pytest.mark.parametrize("name", EVERY)
 def test_width_outputs_alone(name):
     """The coefficients are differentiable by themselves, and so is the branch input."""
     connection = random_connection(name, 4)
@@ -164,7 +169,7 @@ def test_width_outputs_alone(name):
     assert gradcheck(lambda x: connection.width_connection(x)[0], (x,))
 
 
-@pytest.mark.parametrize("name", ["residual", *SEVEN])
+@pytest.mark.parametrize("name", ["residual", *EVERY])
 def test_forward_is_both_steps(name):
     connection = random_connection(name) if name != "residual" else Residual(DIM)
     x = torch.randn(2, 3, connection.width, dtype=torch.float64)
@@ -173,7 +178,7 @@ def test_forward_is_both_steps(name):
     assert torch.equal(connection(x, branch), connection.depth_connection(branch(views), carried))
 
 
-@pytest.mark.parametrize("name", SEVEN)
+@pytest.mark.parametrize("name", EVERY)
 def test_frozen_parts(name):
     """Freezing any parameter leaves the other gradients as they are."""
     connection = random_connection(name)
@@ -304,7 +309,7 @@ def test_parallel_groups(rate):
         torch.testing.assert_close(inputs[start], expected, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", SEVEN)
+@pytest.mark.parametrize("name", EVERY)
 def test_reset_and_meta(name):
     """reset_parameters restores the initial values, also after a start on the meta device."""
     options = {"arrangement": "parallel"} if name in ("shc2", "dhc2") else {}
@@ -328,7 +333,7 @@ def test_reset_and_meta(name):
             assert torch.equal(cast.state_dict()[key], expected), key
 
 
-@pytest.mark.parametrize("name", SEVEN)
+@pytest.mark.parametrize("name", EVERY)
 def test_no_weight_decay(name):
     """Decay would erode A_r = I: only the dynamic projections take it."""
     connection = build_connection(name, 4)
@@ -452,7 +457,7 @@ def test_drop_path(name):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", ["shc2", "dhc2", "dhc4", "sfc2", "dfc2", "dfc4"])
+@pytest.mark.parametrize("name", ["shc2", "dhc2", "dhc4", "sfc2", "dfc2", "dfc4", "sihc2", "sihc4"])
 def test_autocast_at_init(name, dtype):
     """Under bf16 autocast a connection at init is the residual add bit for bit, on every stream."""
     torch.manual_seed(0)
@@ -469,7 +474,7 @@ def test_autocast_at_init(name, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", SEVEN)
+@pytest.mark.parametrize("name", EVERY)
 def test_autocast_changes_nothing(name, dtype):
     """With random parameters autocast changes neither coefficients, nor mixtures, nor any gradient."""
     connection = random_connection(name, dtype=torch.float32)
@@ -501,7 +506,7 @@ def test_autocast_does_not_round(name):
     assert torch.equal(views, x[..., -DIM:])  # sub-layer 1 of HC reads stream 1; the views of FC are x
 
 
-@pytest.mark.parametrize("name", SEVEN)
+@pytest.mark.parametrize("name", EVERY)
 def test_bfloat16(name):
     """A bfloat16 connection stays bfloat16 and is one rounding away from float32 on the same values."""
     low = random_connection(name, dtype=torch.bfloat16, backend="torch")
@@ -535,7 +540,7 @@ def test_bfloat16(name):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", ["shc4", "dhc4", "sfc4", "dfc4"])
+@pytest.mark.parametrize("name", ["shc4", "dhc4", "sfc4", "dfc4", "sihc4"])
 def test_memory(name, dtype):
     """Of the size of x only x itself and the branch output are kept for backward."""
     connection = random_connection(name, 64 if "hc" in name else 256, dtype=torch.float32)
@@ -561,7 +566,7 @@ def test_memory(name, dtype):
     assert rest < 4 * x.numel()
 
 
-@pytest.mark.parametrize("name", ["residual", *SEVEN])
+@pytest.mark.parametrize("name", ["residual", *EVERY])
 def test_layouts(name):
     """A transposed or expanded x, and a branch that returns a transposed tensor, change no value or gradient."""
     connection = random_connection(name) if name != "residual" else Residual(DIM)
@@ -591,16 +596,17 @@ def test_layouts(name):
 
 
 @pytest.mark.parametrize("shape", [(0,), (0, 5), (2, 0)], ids=str)
-@pytest.mark.parametrize("name", ["residual", *SEVEN])
+@pytest.mark.parametrize("name", ["residual", *EVERY])
 def test_empty(name, shape):
     """No token: empty outputs, and gradients of zero."""
     connection = build_connection(name, DIM)
     x = torch.randn(*shape, connection.width, requires_grad=True)
     out = connection(x, torch.tanh)
     assert out.shape == x.shape
+    places = (*shape[:1], *(1 for _ in shape[1:]), DIM) if name == "sihc2" else shape  # the same for all tokens
     assert [tuple(w.shape) for w in connection.weights(x)] == [
-        (*shape, connection.streams, connection.views + connection.streams),
-        (*shape, connection.streams, *((connection.views,) if name == "ghc2x3" else ())),
+        (*places, connection.streams, connection.views + connection.streams),
+        (*places, connection.streams, *((connection.views,) if name == "ghc2x3" else ())),
     ]
     out.sum().backward()
     assert x.grad.shape == x.shape
@@ -671,7 +677,7 @@ def sublayer_and_input(name):
     return module, torch.randn(2, 3, module.connection.width, dtype=torch.float64)
 
 
-@pytest.mark.parametrize("name", ["residual", *SEVEN, "dhc1", "dfc4"])
+@pytest.mark.parametrize("name", ["residual", *EVERY, "dhc1", "dfc4"])
 def test_script(name):
     """TorchScript, saved and loaded."""
     module, x = sublayer_and_input(name)
@@ -683,7 +689,7 @@ def test_script(name):
     assert_same(loaded, module, x[0], loaded)
 
 
-@pytest.mark.parametrize("name", ["residual", *SEVEN])
+@pytest.mark.parametrize("name", ["residual", *EVERY])
 def test_trace(name):
     """torch.jit.trace, run on another number of tokens."""
     module, x = sublayer_and_input(name)
@@ -692,7 +698,7 @@ def test_trace(name):
 
 
 @pytest.mark.filterwarnings("ignore:The TorchScript type system")  # of the test's own branch
-@pytest.mark.parametrize("name", ["residual", *SEVEN])
+@pytest.mark.parametrize("name", ["residual", *EVERY])
 def test_fx(name):
     """Symbolic tracing takes each step as one node, and what it gives goes through TorchScript."""
     module, x = sublayer_and_input(name)
@@ -701,11 +707,11 @@ def test_fx(name):
     assert_same(torch.jit.script(traced), module, x)
     if name != "residual":
         called = [node.target.__name__ for node in traced.graph.nodes if node.op == "call_function"]
-        first = "read_streams" if name in ("mhc2", "ihc2") else "width_connection"
-        assert [n for n in called if n in (first, "depth_connection")] == [first, "depth_connection"]
+        steps = STEPS.get(name, ("width_connection", "depth_connection"))
+        assert [n for n in called if n in steps] == list(steps)
 
 
-@pytest.mark.parametrize("name", ["residual", *SEVEN])
+@pytest.mark.parametrize("name", ["residual", *EVERY])
 def test_export(name):
     """torch.export with a free batch size."""
     module, x = sublayer_and_input(name)
@@ -714,7 +720,7 @@ def test_export(name):
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
-@pytest.mark.parametrize("name", ["residual", *SEVEN])
+@pytest.mark.parametrize("name", ["residual", *EVERY])
 def test_vmap(name):
     """vmap over tokens, and per-sample gradients, are the loop."""
     module, x = sublayer_and_input(name)
@@ -732,7 +738,9 @@ def test_vmap(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "backend"), [("shc2", "aot_eager"), ("dhc2", "inductor"), ("sfc2", "aot_eager"), ("dfc2", "inductor")]
+    ("name", "backend"),
+    [("shc2", "aot_eager"), ("dhc2", "inductor"), ("sfc2", "aot_eager"), ("dfc2", "inductor")]
+    + [(name, "aot_eager") for name in ("sihc2",)],
 )
 def test_compile(name, backend):
     """torch.compile in one graph, forward and backward."""
@@ -796,6 +804,7 @@ def test_unknown_option(options):
         ("mhc4", ("mhc", 4)),
         ("ihc8", ("ihc", 8)),
         ("ghc2x3", ("ghc", (2, 3))),
+        ("sihc16", ("sihc", 16)),
     ],
 )
 def test_parse(name, parsed):
@@ -830,12 +839,12 @@ def test_parse(name, parsed):
 )
 def test_parse_errors(name):
     with pytest.raises(
-        ValueError, match="connection must be 'residual' or one of shc, dhc, sfc, dfc, mhc, ihc followed"
+        ValueError, match="connection must be 'residual' or one of shc, dhc, sfc, dfc, mhc, ihc, sihc followed"
     ):
         parse_connection(name)
 
 
-@pytest.mark.parametrize("name", ["residual", *SEVEN])
+@pytest.mark.parametrize("name", ["residual", *EVERY])
 def test_call_errors(name):
     """x of another width, and a branch that does not return the shape it was given, name both shapes."""
     connection = build_connection(name, 8)

@@ -20,6 +20,8 @@ from hcvision.training.connections import choose_backend, freeze_connections
 
 DIM = 24
 THREE = ("mhc4", "ihc4", "ghc2x3")
+EVERY = (*THREE, "sihc4")
+EXACT = ("ghc2x3", "sihc4")  # converted models are what they were, to the bit
 MANIFOLD = ("mhc2", "mhc3", "mhc4", "ihc2", "ihc4")
 GENERAL = ("ghc1x2", "ghc2x3", "ghc2x4", "ghc3x4", "ghc4x6")
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3, "num_classes": 10}
@@ -319,13 +321,13 @@ def build(family, name=None, **kwargs):
     return hcvision.convert(model, name) if name else model, inputs
 
 
-@pytest.mark.parametrize("name", [*THREE, "ghc2x4"])
+@pytest.mark.parametrize("name", [*EVERY, "ghc2x4"])
 @pytest.mark.parametrize("family", ["vit", "eva", "dit", "swin"])
 def test_convert(family, name):
     """The outputs stay; every parameter gets a gradient and the weights go through a file; and back again."""
     plain, inputs = build(family)
     ours, _ = build(family, name)
-    if name == "ghc2x3":
+    if name in EXACT:
         assert torch.equal(ours(*inputs), plain(*inputs))
     elif name != "ghc2x4":
         torch.testing.assert_close(ours(*inputs), plain(*inputs), rtol=1e-5, atol=2e-5)
@@ -359,7 +361,7 @@ def test_a_trained_exit_is_no_residual_add():
         hcvision.convert(model, "residual")
 
 
-@pytest.mark.parametrize("name", [*THREE, "ghc3x5"])
+@pytest.mark.parametrize("name", [*EVERY, "ghc3x5"])
 def test_taps_and_cut_models(name):
     """Features of any block are the mean over copies, the last one's what the blocks give; a cut model has an exit."""
     plain, (images,) = build("vit")
@@ -398,7 +400,7 @@ def test_some_blocks():
     assert model.connection == "ghc2x3+ghc3x4+dhc4+mhc4+ihc4"
 
 
-@pytest.mark.parametrize("name", THREE)
+@pytest.mark.parametrize("name", EVERY)
 @pytest.mark.parametrize("way", ["compile", "export", "script", "checkpointing", "bfloat16", "autocast"])
 def test_ways(way, name):
     model, (images,) = build("vit", name, depth=1)
@@ -432,7 +434,7 @@ def test_ways(way, name):
             torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", THREE)
+@pytest.mark.parametrize("name", EVERY)
 def test_recompute(name):
     """Streams that are computed again are the same to the bit, and so are all gradients."""
     gradients = []

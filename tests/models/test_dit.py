@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 import hcvision
 from hcvision.connections.base import Connection
+from hcvision.connections.names import NAMES as CONNECTIONS
 from hcvision.connections.names import parse_connection
 from hcvision.models import dit
 from hcvision.models.conversion import convert
@@ -235,7 +236,7 @@ def test_ways_to_run(connection):
     assert ours.bfloat16()(x.bfloat16(), t, y).dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("connection", ["residual", "dhc2", "dfc2", "mhc4", "ihc4", "ghc2x3"])
+@pytest.mark.parametrize("connection", ["residual", "dhc2", "dfc2", "mhc4", "ihc4", "ghc2x3", "sihc4"])
 def test_forward_mode(connection):
     """The derivative along x and t, which MeanFlow trains on, is that of one backward after the other."""
     model, (x, t, y) = build(depth=1), inputs(batch=1)
@@ -282,5 +283,5 @@ def test_errors(kwargs, message):
 
 
 def test_names_of_the_file():
-    assert len(dit.NAMES) == 18 * 16
+    assert len(dit.NAMES) == 18 * (1 + len(CONNECTIONS))
     assert all(timm.is_model(name) for name in dit.NAMES)

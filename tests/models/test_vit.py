@@ -13,17 +13,17 @@ import hcvision
 from hcvision.connections.names import build_connection, parse_connection
 
 CONNECTIONS = [f"{kind}{rate}" for kind, rate in product(("shc", "dhc", "sfc", "dfc"), (2, 4, 8))]
-CONNECTIONS += ["mhc4", "ihc4", "ghc2x3"]
+CONNECTIONS += ["mhc4", "ihc4", "ghc2x3", "sihc4"]
 TWINS = [(f"vit_{size}_patch16_224", name) for size in ("tiny", "small", "base", "large") for name in CONNECTIONS]
 SHAPES = {"tiny": (192, 12), "small": (384, 12), "base": (768, 12), "large": (1024, 24)}
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3, "num_classes": 10}
 
 
 def test_names():
-    """Four sizes, four kinds at three rates and three successors: 60 names, known to timm, none of them timm's own."""
+    """Four sizes, four kinds at three rates and some successors, known to timm, none of them timm's own."""
     names = [f"{base}_{connection}" for base, connection in TWINS]
     assert sorted(hcvision.vit_names) == sorted(names)
-    assert len(set(names)) == 60
+    assert len(set(names)) == len(names)
     assert set(names) <= set(timm.list_models("vit_*"))
     assert not set(names) & set(timm.list_models(module="vision_transformer"))
     for name in names:
@@ -38,7 +38,7 @@ def test_registered_by_import():
         "import hcvision\n"
         "new = set(timm.list_models()) - before\n"
         "own = {*hcvision.vit_names, *hcvision.dit_names, 'hcvision_converted'}\n"
-        "assert new == own and len(hcvision.vit_names) == 60, new\n"
+        "assert new == own, new\n"
         "entrypoint = timm.model_entrypoint(hcvision.vit_names[0])\n"
         "import importlib, hcvision.models.vit\n"
         "importlib.reload(hcvision.models.vit)\n"

@@ -75,6 +75,24 @@ def test_the_matrix_rebuilds_every_input(kind, tiny):
         assert (rebuilt[:, :, -1] - out).abs().max() < 1e-12 * out.abs().max()
 
 
+@pytest.mark.parametrize("kind", ["sihc3", "half sihc2", "sihc2 and dhc3"])
+def test_the_matrix_of_weights_by_channel(kind, tiny):
+    """Channel by channel it rebuilds every input; what is shown is the mean over channels of these matrices."""
+    model = build(None if " " in kind else kind, tiny)
+    if kind.startswith("half"):
+        randomize(hcvision.convert(model, kind.split()[1], blocks="1:2"), seed=2)
+    elif " and " in kind:
+        hcvision.convert(hcvision.convert(model, "sihc2", blocks=":1"), "dhc3", blocks="1:")
+        randomize(model, seed=2)
+    seen = passages(model, images())
+    sources = torch.stack([seen[0].streams[..., 0, :], *(p.output[..., 0, :] for p in seen)], dim=-2)  # (B, N, L+1, E)
+    inputs = torch.stack([p.view[..., 0, :] for p in seen], dim=-2)
+    each = unfold([p.mixing for p in seen]).squeeze((-1, -3)).expand(4, sources.shape[1], 48, 7, 7)  # (B, N, E, ...)
+    rebuilt = torch.einsum("bnekj,bnje->bnke", each, sources)
+    assert (rebuilt[:, :, :-1] - inputs).abs().max() < 1e-12 * inputs.abs().max()
+    torch.testing.assert_close(unfolded_matrix(model, images()), each.mean((0, 1, 2)), rtol=0, atol=1e-12)
+
+
 def test_static_weights_by_the_formula_of_the_paper(tiny):
     """c[k, j] = B^j (prod A_r) A_m^k, and the mean at the end, multiplied out."""
     model = build("shc3", tiny)
@@ -109,7 +127,7 @@ def test_fractions_by_hand(tiny):
             torch.testing.assert_close(joined[k, j], block.sum(1).mean(), rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("kind", ["dhc3", "mhc4", "ghc2x3", "dfc2", "ihc2"])
+@pytest.mark.parametrize("kind", ["dhc3", "mhc4", "ghc2x3", "dfc2", "ihc2", "sihc2"])
 def test_mixing_and_its_product(kind, tiny, tmp_path):
     """Row i of a mixing matrix makes the next stream i; products go from the first sub-layer on, token by token."""
     model = build(kind, tiny)
@@ -119,10 +137,10 @@ def test_mixing_and_its_product(kind, tiny, tmp_path):
     product = None
     for k, passage in enumerate(seen):
         views = passage.view.shape[-2]
-        own = passage.mixing.alpha[..., views:].mT
+        own = passage.mixing.mixing_matrix
         product = own if product is None else own @ product
         written = passage.after - own @ passage.streams  # beta times the output
-        if kind not in ("ghc2x3", "dfc2"):
+        if kind not in ("ghc2x3", "dfc2", "sihc2"):
             torch.testing.assert_close(written, passage.mixing.beta[..., None] * passage.output, rtol=0, atol=1e-10)
         torch.testing.assert_close(stage.products[k][0].double(), product.mean(1), rtol=1e-4, atol=1e-4)
         sums = [part.abs().sum(dim).amax(-1).mean(1) for part in (own, product) for dim in (-1, -2)]

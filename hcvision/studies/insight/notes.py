@@ -50,19 +50,20 @@ class StageNotes:
         tokens = tuple(range(1, mixing.alpha.dim() - 2))
         self.alphas[k].append(mean_over(mixing.alpha, tokens).float().cpu())
         self.betas[k].append(mean_over(mixing.beta, tokens).float().cpu())
-        self.note_mixing(k, mixing, tokens)
+        self.note_mixing(k, mixing)
         if k + 1 == len(self.names):
             self.note_streams(k + 1, passage.after)
             self.matrices.append(unfold(self.mixings, by_image).cpu())
             self.mixings, self.last_input = [], None
 
-    def note_mixing(self, k: int, mixing: Mixing, tokens: tuple[int, ...]) -> None:
+    def note_mixing(self, k: int, mixing: Mixing) -> None:
         """The product of the mixing matrices of every token, and what both can gain.
 
         As mHC (fig. 3) counts it: the largest absolute row sum of H_res, which bounds what a stream can grow on its way
         forward, and column sum, for gradients on their way back.
         """
-        own = mixing.alpha[..., mixing.views :].mT.float()  # row i is the next stream i
+        own = mixing.mixing_matrix.float()
+        tokens = tuple(range(1, own.dim() - 2))
         self.product = own if k == 0 or mixing.enters else own @ self.product
         sums = [part.abs().sum(dim).amax(-1) for part in (own, self.product) for dim in (-1, -2)]
         self.products[k].append(mean_over(self.product, tokens).cpu())

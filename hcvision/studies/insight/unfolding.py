@@ -3,7 +3,7 @@
 import contextlib
 import copy
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,10 +21,11 @@ STEPS = ("width_connection", "depth_connection", "join")
 class Mixing:
     """The weights of one sub-layer, and where streams are entered and left."""
 
-    alpha: Tensor  # (B, ..., S, V+S)
-    beta: Tensor  # (B, ..., S), or (B, ..., S, V) where a stream takes of every view of the output
+    alpha: Tensor  # (B, ..., S, V+S), or (B, ..., E, S, V+S) where every channel has weights of its own
+    beta: Tensor  # (B, ..., S), or (B, ..., S, V) where a stream takes of every view of the output, or (B, ..., E, S)
     enters: bool  # streams were entered before it
     leaves: bool  # and are left behind it
+    by_channel: bool = False  # every channel has weights of its own
 
     @property
     def streams(self) -> int:
@@ -33,6 +34,24 @@ class Mixing:
     @property
     def views(self) -> int:
         return self.alpha.shape[-1] - self.streams
+
+    @property
+    def is_general(self) -> bool:
+        """Whether a stream takes of every view of the output."""
+        return self.beta.dim() == self.alpha.dim()
+
+    @property
+    def mixing_matrix(self) -> Tensor:
+        """(B, ..., S, S), where row i makes the next stream i; the mean over channels that have one each."""
+        matrix = self.alpha[..., self.views :].mT
+        return matrix.mean(-3) if self.by_channel else matrix
+
+    def with_channels(self) -> "Mixing":
+        """The same with an axis for channels, beside others that have one."""
+        if self.by_channel:
+            return self
+        beta = self.beta.unsqueeze(-3 if self.is_general else -2)
+        return replace(self, alpha=self.alpha.unsqueeze(-3), beta=beta, by_channel=True)
 
 
 @dataclass
@@ -82,8 +101,9 @@ def _wrap(connection: Any, previous: Any, note: Callable[[Passage], None], enter
         if mixed.data_ptr() != streams.data_ptr() and not torch.equal(mixed, streams):
             raise ValueError("a block that scales its streams itself cannot be looked into")
         parts = [part.detach().unflatten(-1, (-1, size)) for part in (streams, view, branch_output, after)]
-        alpha, beta = connection.whole_alpha(carried[1]), carried[2]
-        note(Passage(Mixing(alpha.detach(), beta.detach(), enters, leaves), *parts))
+        alpha, beta = connection.whole_weights(*carried[:3], branch_output)
+        by_channel = alpha.dim() > carried[0].dim()
+        note(Passage(Mixing(alpha.detach(), beta.detach(), enters, leaves, by_channel), *parts))
         return after
 
     def join(branch_output: Tensor, carried: Any) -> Any:
@@ -101,7 +121,8 @@ def unfold(mixings: list[Mixing], reduce: Callable[[Tensor], Tensor] = lambda ro
 
     Source 0 is the embedding, source j the output of sub-layer j - 1; the last row is the read-out, the mean over
     copies (GHC has a linear map there, which no such matrix holds). The views of a frac-connection are the fractions of
-    the hidden state, of sources too; hyper-connections have one view::
+    the hidden state, of sources too; hyper-connections have one view. Where every channel has weights of its own
+    (SiHC), channels are one more axis behind those of the tokens::
 
         input[k, v] = sum_jq c[k, v, j, q] * source[j, q]
 
@@ -119,9 +140,12 @@ def unfold(mixings: list[Mixing], reduce: Callable[[Tensor], Tensor] = lambda ro
     if any(mixing.views != views for mixing in mixings):
         counts = sorted({mixing.views for mixing in mixings})
         raise ValueError(f"sub-layers with {' and '.join(map(str, counts))} views have no matrix in common")
+    if any(mixing.by_channel for mixing in mixings):
+        mixings = [mixing.with_channels() for mixing in mixings]
     alpha = mixings[0].alpha
     fraction = _fractions(mixings[0])  # that each stream holds
-    state = alpha.new_zeros(*alpha.shape[:-2], len(fraction), sources, views)
+    places = torch.broadcast_shapes(*(mixing.alpha.shape[:-2] for mixing in mixings))
+    state = alpha.new_zeros(*places, len(fraction), sources, views)
     state[..., torch.arange(len(fraction)), 0, fraction] = 1
     rows = []
     for k, mixing in enumerate(mixings):
@@ -131,7 +155,7 @@ def unfold(mixings: list[Mixing], reduce: Callable[[Tensor], Tensor] = lambda ro
             mixed = torch.einsum("...sm,...sjq->...mjq", mixing.alpha, state)
         rows.append(reduce(mixed[..., :views, :, :]))
         state = mixed[..., views:, :, :].clone()
-        if mixing.beta.dim() == mixing.alpha.dim():
+        if mixing.is_general:
             state[..., k + 1, :] += mixing.beta
         else:
             state[..., torch.arange(mixing.streams), k + 1, _fractions(mixing)] += mixing.beta
@@ -151,7 +175,7 @@ def _fractions(mixing: Mixing) -> list[int]:
 
 
 def by_image(row: Tensor) -> Tensor:
-    """The mean over the tokens of each image: (B, ..., V, L+1, V) -> (B, V, L+1, V)."""
+    """The mean over the tokens of each image, and their channels: (B, ..., V, L+1, V) -> (B, V, L+1, V)."""
     return row.flatten(1, -4).mean(1) if row.dim() > 4 else row
 
 
@@ -171,7 +195,8 @@ def unfolded_matrix(
 
     Row k is the input of sub-layer k, counted from 0 over attention and MLP alike, and the last row the read-out (the
     mean over streams); column 0 is the embedding and column j the output of sub-layer j - 1. A residual model has ones
-    on and below the diagonal. Dynamic weights are averaged over tokens and images, after unfolding. For
+    on and below the diagonal. Dynamic weights are averaged over tokens and images, and weights of channels over these,
+    after unfolding. For
     frac-connections an entry is the sum over the output's fractions and the mean over the input's.
 
     Args:
