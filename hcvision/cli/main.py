@@ -16,6 +16,7 @@ from hcvision.cli.coverage import count_coverage
 from hcvision.cli.fit import run_lightning
 from hcvision.cli.options import fail
 from hcvision.cli.parsing import StudyParser, expand_argument
+from hcvision.cli.probe import probe_models
 from hcvision.cli.sample import sample
 from hcvision.cli.score import score
 from hcvision.data import is_first_process, keep_freed_memory
@@ -53,6 +54,7 @@ COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
     **dict.fromkeys(("fit", "validate", "test"), run_lightning),
     "predict": run_function(predict),
     "inspect": run_function(inspect_run),
+    "probe": probe_models,
     "export": run_function(export),
     "benchmark": run_function(benchmark),
     "compare": compare,

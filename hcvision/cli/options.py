@@ -12,6 +12,7 @@ COMMANDS = {
     "test": "score a checkpoint on the test images; classes one by one, confusion matrix",
     "predict": "classes and probabilities of image files, as CSV or JSON",
     "inspect": "what the connections of a trained model do: tables and pictures",
+    "probe": "k nearest neighbours and a linear probe on frozen features, of any model",
     "export": "a checkpoint as a folder for timm, as ONNX, as torch.export",
     "benchmark": "speed and memory of models, beside their residual twins",
     "compare": "train variants beside their residual twin and report",

@@ -19,7 +19,7 @@ from hcvision.data.files import (
     write_json,
     write_whole,
 )
-from hcvision.data.folders import is_image, is_left_behind, open_folder, walk_files, warn_of_left_out
+from hcvision.data.folders import is_image, is_left_behind, open_folder, split_by_class, walk_files, warn_of_left_out
 from hcvision.data.images import BadImage, Images, collate, mode_of, open_image, printable
 from hcvision.data.latents import LATENT_FORMAT, LatentShards
 from hcvision.data.machine import (
@@ -68,6 +68,7 @@ __all__ = [
     "pick_label",
     "printable",
     "refusals",
+    "split_by_class",
     "walk_files",
     "warn_of_left_out",
     "write_cells",

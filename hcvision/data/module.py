@@ -317,8 +317,9 @@ class ImageData(Sources):
             transform.transforms[:1] = whole.transforms[:2]  # resize and centre crop instead of the random resized crop
         return transform
 
-    def _loader(self, stage: str) -> DataLoader:
-        training, config = stage == "train", self.data_config()
+    def _loader(self, stage: str, model: dict[str, Any] | None = None, augments: bool = True) -> DataLoader:
+        """Batches of a stage: training images in the order of an epoch, unless they are to be evaluated (augments)."""
+        training, config = stage == "train" and augments, self.data_config(model)
         transform: Any = None
         mode = ""
         if self.dataset != "latents":
@@ -395,6 +396,14 @@ class ImageData(Sources):
         transform = create_transform(input_size, interpolation="bicubic", crop_pct=1.0, mean=half, std=half)
         images = Images(base, indices, transform, mode_of(input_size[0]))
         return DataLoader(images, self.eval_batch_size, num_workers=self.num_workers, collate_fn=images.collate)
+
+    def evaluation_loader(self, stage: str, model: dict[str, Any]) -> DataLoader:
+        """All images of train, val or test as for evaluation, in their order, without a trainer.
+
+        ``model`` is the configuration of the model that will see them. Without a test split there is val.
+        """
+        self.setup("predict")
+        return self._loader(stage, model, augments=False)
 
     def train_dataloader(self) -> DataLoader:
         return self._loader("train")

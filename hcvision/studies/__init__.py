@@ -3,8 +3,8 @@
 ``study.py`` and ``generation.py`` train the cells of a study, in ``processes.py`` side by side; ``display.py`` shows
 how far they are, ``statistics.py``, ``figures.py`` and ``reporting.py`` say what came out. ``benchmarking.py`` times
 models beside their residual twins and ``costs.py`` the variants of a study, with what is in ``measuring.py``;
-``evaluation.py`` rates classes, ``calibration.py`` probabilities, ``records.py`` keeps what tests found, ``scoring.py``
-rates drawn images, and ``insight/`` looks at trained connections.
+``evaluation.py`` rates classes, ``calibration.py`` probabilities, ``probing/`` frozen features, ``records.py`` keeps
+what was found, ``scoring.py`` rates drawn images, and ``insight/`` looks at trained connections.
 """
 
 from hcvision.studies.benchmarking import Setup, benchmark, compare_step, describe_step
@@ -22,6 +22,7 @@ from hcvision.studies.measuring import (
     peak_memory,
     training_step,
 )
+from hcvision.studies.probing import Protocol, open_model, probe
 from hcvision.studies.records import RecordScores
 from hcvision.studies.repetition import repeat_cell
 from hcvision.studies.reporting import report
@@ -50,6 +51,7 @@ __all__ = [
     "GenerationStudy",
     "Inception",
     "LogConnections",
+    "Protocol",
     "RecordScores",
     "Setup",
     "SmallClassifier",
@@ -69,8 +71,10 @@ __all__ = [
     "look_at_samples",
     "merge",
     "name_device",
+    "open_model",
     "open_samples",
     "peak_memory",
+    "probe",
     "repeat_cell",
     "report",
     "train_classifier",

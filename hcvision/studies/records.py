@@ -1,6 +1,7 @@
-"""What tests have found of a model: a JSON line for each set of images, and a table of them."""
+"""What tests and probes have found of a model: a JSON line for each set of images, and a table of them."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,9 @@ import torch
 
 from hcvision.data import markdown, printable, write_whole
 
-SHARES = ("top1", "top5", "macro", "map", "f1", "ece", "scaled_ece")  # shown in percent
+SHARES = re.compile(r"(top1|top5|macro|map|f1|(scaled_)?ece|(knn\d+|linear)(_std)?)")  # shown in percent
 COLUMNS = (*("data", "top1", "top5", "macro", "map", "f1", "nll", "ece", "brier"), "temperature", "scaled_ece")
+PROBED = re.compile(r"(knn\d+|linear)(_std)?")  # columns of a probe, behind those
 
 
 class RecordScores(pl.Callback):
@@ -63,8 +65,8 @@ def describe_model(checkpoint: str, pl_module: pl.LightningModule) -> dict[str, 
     """What was tested: model, connection, checkpoint, and which of its weights."""
     hparams = pl_module.hparams
     weights = "raw" if hparams["ema_decay"] is None else "ema"
-    about = {"model": hparams["model"], "connection": hparams["connection"] or "residual"}
-    return about | {"checkpoint": checkpoint, "weights": weights}
+    connection = getattr(pl_module.model, "connection", "residual")  # which the name of a model may say, too
+    return {"model": hparams["model"], "connection": connection, "checkpoint": checkpoint, "weights": weights}
 
 
 def name_scores(metrics: Any, multi_label: bool) -> dict[str, float]:
@@ -88,7 +90,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def add_line(path: Path, line: dict[str, Any]) -> list[dict[str, Any]]:
-    """Put a line into a ``metrics.jsonl``, in place of that of the same checkpoint and data.
+    """Put a line into a ``metrics.jsonl``, in place of that of the same model, checkpoint and data.
 
     Args:
         path: of the file, which need not be there.
@@ -101,7 +103,7 @@ def add_line(path: Path, line: dict[str, Any]) -> list[dict[str, Any]]:
         OSError: it cannot be written.
         ValueError: the file is something else.
     """
-    names = ("checkpoint", "weights", "data", "split", "variant", "classes")
+    names = ("model", "connection", "checkpoint", "weights", "data", "split", "variant", "classes", "size", "shots")
     others = [one for one in read_lines(path) if any(one.get(name) != line.get(name) for name in names)]
     lines = [*others, line]
     write_whole(path, "".join(json.dumps(one) + "\n" for one in lines).encode())
@@ -113,8 +115,15 @@ def tabulate(lines: list[dict[str, Any]]) -> list[str]:
     models = {(line["model"], line["connection"]) for line in lines}
     columns = [*(("model", "connection") if len(models) > 1 else ()), "data", "images"]
     columns += [name for name in COLUMNS[1:] if any(name in line for line in lines)]
+    columns += sorted({name for line in lines for name in line if PROBED.fullmatch(name)}, key=natural_order)
     rows = [[show(name, name_data(line) if name == "data" else line.get(name)) for name in columns] for line in lines]
     return markdown([columns, *rows])
+
+
+def natural_order(name: str) -> tuple[str, int, str]:
+    """By which the columns of a probe are put in order: knn5, knn10, linear."""
+    letters, digits, rest = re.fullmatch(r"([a-z]+)(\d*)(.*)", name).groups()  # type: ignore[union-attr]
+    return letters, int(digits or 0), rest
 
 
 def name_data(line: dict[str, Any]) -> str:
@@ -127,5 +136,5 @@ def show(name: str, value: Any) -> str:
     if value is None or value != value:
         return "-"
     if isinstance(value, float):
-        return f"{100 * value:.2f} %" if name in SHARES else f"{value:.4f}"
+        return f"{100 * value:.2f} %" if SHARES.fullmatch(name) else f"{value:.4f}"
     return printable(str(value))

@@ -169,7 +169,7 @@ def bad_cases(image_folder, tmp_path):
     yield fit(image_folder, tmp_path / "r", "--ckpt_path=none.ckpt"), "there is no checkpoint none.ckpt"
     yield (
         ("fitt",),
-        "unknown command 'fitt'; did you mean fit?; the commands: fit, validate, test, predict, inspect, export",
+        "unknown command 'fitt'; did you mean fit?; the commands: fit, validate, test, predict, inspect, probe, export",
     )
     yield ("compare", "--variants=[dhc2]"), "required"
     yield fit(damaged, tmp_path / "damaged-run"), f"cannot read image {bad}"
