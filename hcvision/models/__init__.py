@@ -5,6 +5,7 @@ residual adds were: no module is moved, so the keys of the state dict, hooks, ``
 ``families.py`` has a row for each class of timm; ``blocks.py``, ``column_blocks.py`` and ``stage_blocks.py`` say what
 their blocks add; ``stages.py`` finds a model's blocks, ``connected.py`` is the model around them, ``conversion.py``
 puts it all together, and ``names.py`` makes it a name of timm. ``vit.py`` and ``dit.py`` are the names registered here.
+``frozen.py`` is a model that looks at images and is not trained.
 """
 
 from hcvision.models.blocks import ConnectedBlock
@@ -13,6 +14,7 @@ from hcvision.models.conversion import convert, recompute_streams, set_stream_dt
 from hcvision.models.dit import NAMES as dit_names
 from hcvision.models.dit import TRUNK, DiT, read_sizes
 from hcvision.models.families import BLOCKS
+from hcvision.models.frozen import FrozenModel
 from hcvision.models.grafting import own_class
 from hcvision.models.names import (
     checkpoint_filter_fn,
@@ -31,6 +33,7 @@ __all__ = [
     "ConnectedBlock",
     "ConnectedModel",
     "DiT",
+    "FrozenModel",
     "checkpoint_filter_fn",
     "convert",
     "coverage",

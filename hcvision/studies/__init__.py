@@ -31,12 +31,14 @@ from hcvision.studies.scoring import (
     Extractor,
     Inception,
     SmallClassifier,
+    TimmNetwork,
     compare_features,
     count_samples,
     look_at_data,
     look_at_samples,
     open_samples,
     train_classifier,
+    warn_of_few,
 )
 from hcvision.studies.settings import merge
 from hcvision.studies.statistics import interval
@@ -58,6 +60,7 @@ __all__ = [
     "Step",
     "Study",
     "TensorMemory",
+    "TimmNetwork",
     "benchmark",
     "compare_features",
     "compare_step",
@@ -80,4 +83,5 @@ __all__ = [
     "train_classifier",
     "training_step",
     "unfolded_matrix",
+    "warn_of_few",
 ]

@@ -32,6 +32,7 @@ from hcvision.studies.scoring import (
     look_at_data,
     look_at_samples,
     train_classifier,
+    warn_of_few,
 )
 from hcvision.studies.settings import defaults
 from hcvision.studies.statistics import Curve, Metric
@@ -62,7 +63,7 @@ class GenerationStudy(Study):
 
     task = "generate"
     module = ImageGenerator
-    columns = ("distance", "accuracy", "score", "precision", "recall", "val_loss", "train_loss")
+    columns = ("distance", "kernel_distance", "accuracy", "score", "precision", "recall", "val_loss", "train_loss")
     curves = (Curve("val_loss", "validation loss"), Curve("train_loss", "training loss"))
     measured = "scores and loss"
 
@@ -201,6 +202,9 @@ class GenerationStudy(Study):
             f"{len(self.real.features):,} training images, on the features of {self.extractor.name}; as many held-out "
             f"real images score {yardstick['distance']:.2f}."
         ]
+        few = warn_of_few(held_out, self.real)
+        if few:
+            lines[0] += f" {few[0].upper()}{few[1:]}."
         if not self.inception:
             lines[0] += " It is no FID, and compares with nothing outside this table."
             lines[0] += " class %: samples that the classifier takes for the class they were drawn as."

@@ -1,8 +1,7 @@
-"""Scores of drawn images: Fréchet distance, classifier score, precision and recall, from one set of features.
+"""Scores of drawn images: Fréchet and kernel distance, classifier score, precision, recall, by one set of features.
 
-The features are those of Inception, which makes the distance the FID, or of a small classifier trained on the same
-data, which makes it something else: such numbers compare with each other and with nothing in the literature.
-torch-fidelity computes the scores.
+The features are those of Inception, which makes the distances FID and KID, of any timm model, or of a small classifier
+trained on the same data: such numbers compare with each other and with nothing else. torch-fidelity computes them.
 """
 
 import json
@@ -23,13 +22,16 @@ from torch import Tensor
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics, fid_statistics_to_metric
 from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, isc_features_to_metric
+from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, kid_features_to_metric
 from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
 from tqdm import tqdm
 
 from hcvision.data import ImageData, check_number, first_difference, write_json
 from hcvision.diffusion import parts, to_uint8
+from hcvision.models import FrozenModel
 from hcvision.training import ImageClassifier, Progress, read_checkpoint
 
+SUBSETS, SUBSET = 100, 1000  # of images, for the kernel distance
 FEWEST = 4  # images: precision and recall look at the third neighbour of each
 SMALL_CNN, CNN_SIZE = "resnet10t", {"channels": [32, 64, 96, 128], "output_stride": 16}
 
@@ -46,10 +48,11 @@ class Extractor:
     name: str  # of the network
     class_names: list[str] | None = None  # of its logits, where they are those of the data
     distance: str  # what the Fréchet distance on its features is called
+    kernel: str  # what the kernel distance is called
     score: str  # what the exponential of the mean divergence of its predictions is called
 
-    def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, H, W, C) uint8 to features (B, F) and logits (B, K)."""
+    def __call__(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        """(B, H, W, C) uint8 to features (B, F) and logits (B, K), None where it has no classes."""
         raise NotImplementedError
 
 
@@ -65,7 +68,7 @@ class Inception(Extractor):
         ValueError: the file is none of weights, or they cannot be downloaded.
     """
 
-    name, distance, score = "Inception v3", "FID", "IS"
+    name, distance, kernel, score = "Inception v3", "FID", "KID", "IS"
 
     def __init__(self, weights: str | None = None, device: str = "cpu"):
         if weights is not None:
@@ -98,6 +101,7 @@ class SmallClassifier(Extractor):
     """
 
     distance, score = "Fréchet distance (small classifier)", "classifier score"
+    kernel = "kernel distance (small classifier)"
 
     def __init__(self, folder: Path, device: str = "cpu"):
         about = folder / "classifier.json"
@@ -119,6 +123,29 @@ class SmallClassifier(Extractor):
         x = images.permute(0, 3, 1, 2).contiguous() / 127.5 - 1
         features = self.net.forward_head(self.net.forward_features(x.to(self.device)), pre_logits=True)
         return features.cpu(), self.net.get_classifier()(features).cpu()
+
+
+class TimmNetwork(Extractor):
+    """Any timm model: the features in front of its head, of whole images in the size of its weights.
+
+    Args:
+        source: a timm name, ``NAME=FILE`` or ``local-dir:FOLDER``; see ``FrozenModel``.
+        device: where it runs.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: an unknown model, or weights that cannot be had.
+    """
+
+    def __init__(self, source: str, device: str = "cpu"):
+        self.net, self.device = FrozenModel(source).to(device), device
+        self.name = f"{self.net.name} at {self.net.size[0]} x {self.net.size[1]}"
+        self.distance, self.kernel = f"Fréchet distance ({self.net.name})", f"kernel distance ({self.net.name})"
+        self.score = f"classifier score ({self.net.name})"
+
+    def __call__(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        features, logits = self.net.pooled(images.to(self.device).permute(0, 3, 1, 2) / 255)
+        return features.cpu(), None if logits is None else logits.cpu()
 
 
 def train_classifier(
@@ -198,16 +225,16 @@ def train_classifier(
 
 @dataclass
 class Features:
-    """What a network sees in N images: features (N, F), logits (N, K), and the classes they should be, if known."""
+    """What a network sees in N images: features (N, F), logits (N, K) if it has any, the classes meant, if known."""
 
     features: Tensor
-    logits: Tensor
+    logits: Tensor | None
     classes: Tensor | None = None
 
 
 def look(extractor: Extractor, batches: Iterable[Tensor], total: int, title: str = "") -> Features:
     """Features of images (B, H, W, C) uint8, with a progress bar. Raises ValueError when there are too few to score."""
-    seen: list[tuple[Tensor, Tensor]] = []
+    seen: list[tuple[Tensor, Tensor | None]] = []
     with tqdm(total=total, desc=title, unit=" images", leave=False, disable=None) as bar:
         for images in batches:
             seen.append(extractor(images))
@@ -215,7 +242,7 @@ def look(extractor: Extractor, batches: Iterable[Tensor], total: int, title: str
     if sum(len(features) for features, _ in seen) < FEWEST:
         raise ValueError(f"scores need at least {FEWEST} {title or 'images'}, got {sum(len(f) for f, _ in seen)}")
     features, logits = zip(*seen, strict=True)
-    return Features(torch.cat(features), torch.cat(logits))
+    return Features(torch.cat(features), torch.cat(logits) if logits[0] is not None else None)
 
 
 def look_at_data(
@@ -308,23 +335,44 @@ def compare_features(samples: Features, real: Features) -> dict[str, float]:
 
     Returns:
         distance: squared Fréchet distance between Gaussians of the features' means and covariances (arXiv 1706.08500).
-        score: the inception score, of whatever network (arXiv 1606.03498).
+        kernel_distance: unbiased squared maximum mean discrepancy with a cubic kernel, on 100 subsets of 1000 images
+            at most (arXiv 1801.01401, section 4); negative values near zero are possible.
+        score: the inception score, of whatever network (arXiv 1606.03498); not of one without classes.
         precision, recall: with balls to the third neighbour (arXiv 1904.06991).
         accuracy: share of samples that the network takes for the class they were meant to be, where that is known.
     """
     distance = fid_statistics_to_metric(
         *(fid_features_to_statistics(which.features.double()) for which in (samples, real)), verbose=False
     )
-    score = isc_features_to_metric(samples.logits, splits=min(10, len(samples.logits)))
     neighbours = prc_features_to_metric(
         samples.features, real.features, prc_neighborhood=3, prc_batch_size=2000, save_cpu_ram=True, verbose=False
     )
+    size = min(SUBSET, len(samples.features), len(real.features))
+    whole = size == len(samples.features) == len(real.features)
+    kernel = kid_features_to_metric(
+        samples.features.double(), real.features.double(), kid_subsets=1 if whole else SUBSETS, kid_subset_size=size,
+        verbose=False,
+    )  # fmt: skip
     scores = {
         "distance": distance[KEY_METRIC_FID],
-        "score": score[KEY_METRIC_ISC_MEAN],
+        "kernel_distance": kernel[KEY_METRIC_KID_MEAN],
         "precision": neighbours[KEY_METRIC_PRECISION],
         "recall": neighbours[KEY_METRIC_RECALL],
     }
-    if samples.classes is not None:
-        scores["accuracy"] = (samples.logits.argmax(1) == samples.classes).double().mean().item()
+    if samples.logits is not None:
+        score = isc_features_to_metric(samples.logits, splits=min(10, len(samples.logits)))
+        scores["score"] = score[KEY_METRIC_ISC_MEAN]
+        if samples.classes is not None:
+            scores["accuracy"] = (samples.logits.argmax(1) == samples.classes).double().mean().item()
     return scores
+
+
+def warn_of_few(samples: Features, real: Features) -> str | None:
+    """What is wrong with the Fréchet distance of so few images, or None: their covariance does not have full rank."""
+    number, features = min(len(samples.features), len(real.features)), samples.features.shape[1]
+    if number > features:
+        return None
+    return (
+        f"the Fréchet distance says little: {features} features have no covariance of {number} images, more would be "
+        "needed; the kernel distance is not biased by that"
+    )

@@ -31,6 +31,7 @@ from hcvision.data.module import ImageData
 from hcvision.data.relatives import list_classes
 from hcvision.data.subsets import list_synsets
 from hcvision.diffusion.sampling import read_samples
+from hcvision.studies import open_samples
 from hcvision.training.checkpoints import read_checkpoint
 from hcvision_command import main
 
@@ -667,14 +668,44 @@ def test_fit_sample_and_score(dit_run, image_folder, tmp_path, capsys, monkeypat
     lines = capsys.readouterr().out.splitlines()
     lines = lines[next(i for i, line in enumerate(lines) if line.startswith("10 samples")) :]
     assert lines[0].startswith("10 samples against 72 training images, seen by small classifier (resnet10t, ")
-    assert [line.split(maxsplit=1)[1] for line in lines[1:6]] == [
-        "Fréchet distance (small classifier)", "classifier score", "precision", "recall",
-        "in the class they were drawn as",
+    assert [line.split(maxsplit=1)[1] for line in lines[1:7]] == [
+        "Fréchet distance (small classifier)", "kernel distance (small classifier)", "classifier score", "precision",
+        "recall", "in the class they were drawn as",
     ]  # fmt: skip
     scores = json.loads(Path("samples/scores.json").read_text())
     assert lines[1].split()[0] == f"{scores['distance']:.4f}"
     assert scores["drawn"] == "ddim, 2 steps (2 evaluations of the model), no guidance"
     assert Path("classifier/classifier.safetensors").is_file()
+
+
+def test_images_that_are_gray_and_not_square(image_folder, tmp_path, monkeypatch, capsys):
+    """Trained, drawn and scored, by two networks."""
+    monkeypatch.chdir(tmp_path)
+    size = "{img_size: [16, 24], in_chans: 1, embed_dim: 48, depth: 1, num_heads: 3}"
+    data = (f"--data.root={image_folder}", "--data.num_workers=0", "--data.batch_size=8")
+    fit = ("fit", "--run=run", *data, *DIT, f"--model.model_args={size}", *TRAINER, "--trainer.limit_train_batches=1")
+    main([*fit, "--model.sample_steps=1", "--model.sample_guidance=1"])
+    main(["sample", "run", "--number=8", "--steps=2", "--guidance=2", "--accelerator=cpu", "--npz=true"])
+    shown = capsys.readouterr().out
+    assert "guidance 2 on all channels" in shown
+    assert [np.load("samples/samples.npz")["arr_0"].shape, *{p.shape for p in open_samples(Path("samples"))}] == [
+        (8, 16, 24, 3), (8, 16, 24, 1),
+    ]  # fmt: skip
+    torch.manual_seed(0)
+    torch.save(timm.create_model("resnet10t").state_dict(), "resnet.pth")
+    main(["score", "samples", *data, "--device=cpu", "--networks", "[resnet10t=resnet.pth, classifier]"])
+    shown = capsys.readouterr().out
+    assert shown.index("seen by resnet10t at 176 x 176") < shown.index("seen by small classifier")
+    assert shown.count("the Fréchet distance says little") == 2
+    scores = json.loads(Path("samples/scores.json").read_text())
+    assert scores["network"] == "resnet10t at 176 x 176"
+    (other,) = scores["others"]
+    assert other["network"].startswith("small classifier")
+    assert {*other} - {*scores} == {"accuracy"}
+    check_refused(
+        ("score", "samples", *data, "--networks", "[resnet10t, resnet10t]"), "networks must be different", capsys
+    )
+    check_refused(("score", "samples", *data, "--networks", "resnet99"), "no timm model resnet99 to look at", capsys)
 
 
 def test_sampling_that_was_killed_goes_on(dit_run, tmp_path, monkeypatch, capsys):

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 import torch_fidelity.feature_extractor_inceptionv3 as fidelity
+from safetensors.torch import save_file
 from torchmetrics.image import FrechetInceptionDistance, InceptionScore
 
 from hcvision.data.module import ImageData
@@ -15,6 +17,7 @@ from hcvision.studies.scoring import (
     Features,
     Inception,
     SmallClassifier,
+    TimmNetwork,
     compare_features,
     count_samples,
     look,
@@ -22,6 +25,7 @@ from hcvision.studies.scoring import (
     look_at_samples,
     open_samples,
     train_classifier,
+    warn_of_few,
 )
 
 SIZE = (3, 32, 32)
@@ -53,6 +57,78 @@ def test_scores_are_those_of_torchmetrics():
         inception = InceptionScore(feature=AsItIs())
     inception.update(samples.logits)
     assert scores["score"] == pytest.approx(inception.compute()[0].item(), rel=0.02)  # its ten splits are other ones
+
+
+def test_kernel_distance_by_its_definition():
+    """Unbiased MMD² with the kernel (x.y / F + 1)³, over all pairs of different images (arXiv 1801.01401)."""
+    samples, real = blobs(40, 0.4), blobs(40, seed=1)
+    x, y = samples.features.double(), real.features.double()
+
+    def kernel(a, b):
+        return (a @ b.T / 12 + 1) ** 3
+
+    within = sum((kernel(z, z).sum() - kernel(z, z).trace()) / (40 * 39) for z in (x, y))
+    expected = within - 2 * kernel(x, y).mean()
+    assert compare_features(samples, real)["kernel_distance"] == pytest.approx(expected.item(), rel=1e-9)
+    more = compare_features(samples, blobs(60, seed=1))["kernel_distance"]  # on subsets
+    assert more == pytest.approx(expected.item(), rel=0.2)
+    assert abs(compare_features(blobs(40, seed=2), real)["kernel_distance"]) < 0.5 * expected
+
+
+def test_few_images_are_said():
+    assert warn_of_few(blobs(13), blobs(40)) is None
+    said = warn_of_few(blobs(12), blobs(40))
+    assert said.startswith("the Fréchet distance says little: 12 features have no covariance of 12 images")
+    assert warn_of_few(blobs(40), blobs(5)) is not None
+
+
+@pytest.fixture(scope="module")
+def small_vit(tmp_path_factory):
+    """A small ViT with its weights in a file."""
+    torch.manual_seed(0)
+    net = timm.create_model("vit_tiny_patch16_224", num_classes=1000)
+    path = tmp_path_factory.mktemp("vit") / "vit.safetensors"
+    save_file(net.state_dict(), path)
+    return net.eval(), path
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_any_timm_model_looks_at_images(small_vit, channels):
+    """Whole images, resized and normalised as its weights say; the features are those in front of its head."""
+    net, path = small_vit
+    extractor = TimmNetwork(f"vit_tiny_patch16_224={path}")
+    assert (extractor.name, extractor.score) == (
+        "vit_tiny_patch16_224 at 224 x 224",
+        "classifier score (vit_tiny_patch16_224)",
+    )
+    images = torch.randint(0, 256, (2, 20, 28, channels), dtype=torch.uint8)
+    rgb = images.expand(2, 20, 28, 3).permute(0, 3, 1, 2) / 255
+    whole = torch.nn.functional.interpolate(rgb, (224, 224), mode="bicubic", antialias=True).clamp(0, 1)
+    with torch.no_grad():
+        expected = net.forward_features((whole - 0.5) / 0.5)[:, 0]  # its class token
+        logits = net.head(expected)
+    features, found = extractor(images)
+    torch.testing.assert_close(features, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found, logits, rtol=1e-4, atol=1e-4)
+
+
+def test_a_network_without_classes(monkeypatch):
+    """It has distances and no score of classes."""
+    monkeypatch.setattr(
+        "hcvision.models.frozen.create_model", lambda *_, **__: timm.create_model("resnet10t", num_classes=0)
+    )
+    seen = look(TimmNetwork("resnet10t"), torch.randint(0, 256, (6, 32, 32, 3), dtype=torch.uint8).split(3), 6)
+    assert seen.logits is None
+    assert "score" not in compare_features(seen, seen)
+    assert compare_features(seen, seen)["distance"] == pytest.approx(0, abs=1e-6)
+
+
+def test_networks_that_are_not_there(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"there is no file none\.pth with the weights of resnet18"):
+        TimmNetwork("resnet18=none.pth")
+    for source in ("resnet99", "resnet10t", f"local-dir:{tmp_path}"):  # unknown, without weights, empty
+        with pytest.raises(ValueError, match=f"no timm model {source} to look at images with: "):
+            TimmNetwork(source)
 
 
 def test_distance_of_known_gaussians():
