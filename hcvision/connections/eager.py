@@ -48,6 +48,15 @@ def read_channels(streams: Tensor, read: Tensor) -> Tuple[Tensor, Tensor]:
     return view.to(streams.dtype), placeholder
 
 
+def read_gated(*inputs: Tensor) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``reference.read_gated``, and the placeholder."""
+
+    def read(streams: Tensor, *parameters: Tensor) -> Tuple[Tensor, ...]:
+        return *reference.read_gated(streams, *parameters), streams.view_as(streams)
+
+    return KeepInputs.apply(read, *inputs)
+
+
 def write_channels(placeholder: Tensor, output: Tensor, write: Tensor) -> Tensor:
     """See ``steps.write_channels``."""
     return WriteChannels.apply(placeholder, output, write).flatten(-2).to(placeholder.dtype)
@@ -342,6 +351,31 @@ class Depth(torch.autograd.Function):
                 grad_output = beta[..., None] * grad
                 grad_beta = torch.linalg.vecdot(output.to(grad.dtype), grad)
         return grad, None, grad_output, grad_beta
+
+
+@skip_binding
+class KeepInputs(torch.autograd.Function):
+    """A function of tensors, of which backward keeps the inputs alone and computes it once more."""
+
+    @staticmethod
+    def forward(function, *inputs):
+        return function(*inputs)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.function, *tensors = inputs
+        ctx.save_for_backward(*tensors)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        inputs = ctx.saved_tensors
+        found: List[Optional[Tensor]] = [None] * len(inputs)
+        if any(grad is not None for grad in grads):
+            found = reference.gradients(ctx.function, inputs, grads)
+        # an input that none of these outputs depends on has a gradient of zeros, which DDP waits for
+        pairs = zip(inputs, found, ctx.needs_input_grad[1:], strict=True)
+        return None, *(torch.zeros_like(one) if need and grad is None else grad for one, grad, need in pairs)
 
 
 def multiply_up(streams: Tensor, output: Tensor) -> Tensor:

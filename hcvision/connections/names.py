@@ -8,6 +8,7 @@ from typing import Any
 from hcvision.connections.base import Connection, Residual
 from hcvision.connections.channelwise import ChannelwiseConnection
 from hcvision.connections.frac import FracConnection
+from hcvision.connections.gated import GatedConnection
 from hcvision.connections.generalized import GeneralizedConnection
 from hcvision.connections.hyper import HyperConnection
 from hcvision.connections.identity import IdentityConnection
@@ -22,9 +23,10 @@ BUILDERS: dict[str, Callable[..., Connection]] = {  # by kind, called with dim, 
     "ihc": IdentityConnection,
     "ghc": GeneralizedConnection,
     "sihc": ChannelwiseConnection,
+    "gr": GatedConnection,
 }
 KINDS = tuple(BUILDERS)
-SUCCESSORS = ("mhc4", "ihc4", "ghc2x3", "sihc4")
+SUCCESSORS = ("mhc4", "ihc4", "ghc2x3", "sihc4", "gr4")
 NAMES = (*(f"{kind}{rate}" for kind in KINDS[:4] for rate in (2, 4, 8)), *SUCCESSORS)  # timm names end so
 
 
@@ -50,7 +52,7 @@ def build_connection(name: str, dim: int, layer_index: int = 0, **options) -> "C
 
     Args:
         name: ``residual``; static/dynamic + hyper/frac + rate: ``shc2``, ``dhc4``, ``sfc2``, ``dfc4``; or a
-            successor: ``mhc4``, ``ihc4``, ``ghc2x3``, ``sihc4``.
+            successor: ``mhc4``, ``ihc4``, ``ghc2x3``, ``sihc4``, ``gr4``.
         dim: width of the model (timm's embed_dim).
         layer_index: index of the sub-layer, counted from 0 over attention and MLP alike.
         **options: keyword arguments of the class: ``tanh``, ``norm``, ``backend``, ``device``, ``dtype``, and

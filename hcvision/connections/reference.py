@@ -191,6 +191,26 @@ def read_by_channel(streams: Tensor, read: Tensor) -> Tensor:
     return mixed
 
 
+def read_gated(streams: Tensor, rows: Tensor, up: Tensor, gain: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
+    """View (..., E), hidden numbers (..., r) and write (..., S); see ``steps.read_gated``."""
+    count, width = streams.shape[-2], streams.shape[-1]
+    streams = streams.to(rows.dtype)
+    rstd, _ = inverse_deviation(streams, False)
+    numbers = F.linear(streams[..., 0, :], rows[:, :width]) * rstd[..., 0, :]
+    for i in range(1, count):
+        projected = F.linear(streams[..., i, :], rows[:, i * width : (i + 1) * width])
+        numbers = torch.addcmul(numbers, projected, rstd[..., i, :])
+    numbers = numbers / count
+    hidden, write = F.silu(numbers[..., : up.shape[1]]), 2 * numbers[..., up.shape[1] :].sigmoid()
+    return read_by_channel(streams, open_gates(hidden, up, gain)), hidden, write
+
+
+def open_gates(hidden: Tensor, up: Tensor, gain: Tensor) -> Tensor:
+    """gain * 2 sigmoid(hidden @ up^T): (..., r), (S*E, r), (S, E) -> (..., S, E)."""
+    gates = 2 * F.linear(hidden, up).sigmoid()
+    return gain * gates.reshape(hidden.shape[:-1] + gain.shape)
+
+
 def write_channels(streams: Tensor, output: Tensor, write: Tensor) -> Tensor:
     """See ``steps.write_channels``."""
     return torch.addcmul(streams.to(write.dtype), write, output).flatten(-2).to(streams.dtype)

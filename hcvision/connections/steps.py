@@ -94,6 +94,28 @@ def write_channels(streams: Tensor, output: Tensor, write: Tensor, placeholder: 
 
 
 @torch.fx.wrap
+def read_gated(
+    streams: Tensor, gate_down: Tensor, gate_up: Tensor, gain: Tensor, write_fn: Tensor
+) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """``width_connection`` where gates read every channel, and no stream is mixed: see ``GatedConnection``.
+
+    In the place of alpha go the r numbers of a token that the gates are made of.
+    """
+    dtype = torch.promote_types(streams.dtype, torch.float32)
+    rows, up, gain = torch.cat([gate_down, write_fn]).to(dtype), gate_up.to(dtype), gain.to(dtype)
+    placeholder = streams
+    if torch.jit.is_scripting():
+        view, hidden, write = reference.read_gated(streams, rows, up, gain)
+    else:
+        with without_autocast(streams.device.type):
+            if needs_operations():
+                view, hidden, write = reference.read_gated(streams, rows, up, gain)
+            else:
+                view, hidden, write, placeholder = eager.read_gated(streams, rows, up, gain)
+    return view.to(streams.dtype), streams, hidden, write, placeholder
+
+
+@torch.fx.wrap
 def carry_streams(streams: Tensor, alpha: Tensor, beta: Tensor, views: int) -> Tensor:
     """The placeholder of streams (..., S, E) that are to be carried, where they are not those that were read."""
     if torch.jit.is_scripting():

@@ -20,11 +20,12 @@ KINDS = ("shc", "dhc", "sfc", "dfc")
 RATES = (1, 2, 3, 4, 8)
 DIM = 24  # every rate divides it
 FOUR = ("shc2", "dhc2", "sfc2", "dfc2")
-EVERY = (*FOUR, "mhc2", "ihc2", "ghc2x3", "sihc2")
+EVERY = (*FOUR, "mhc2", "ihc2", "ghc2x3", "sihc2", "gr2")
 STEPS = {  # of kinds that have some of their own
     "mhc2": ("read_streams", "depth_connection"),
     "ihc2": ("read_streams", "depth_connection"),
     "sihc2": ("read_channels", "write_channels"),
+    "gr2": ("read_gated", "depth_connection"),
 }
 DYNAMIC = ("dhc2", "dfc2")
 
@@ -338,8 +339,12 @@ def test_no_weight_decay(name):
     """Decay would erode A_r = I: only the dynamic projections take it."""
     connection = build_connection(name, 4)
     decayed = {key for key, _ in connection.named_parameters()} - connection.no_weight_decay()
-    manifold = {"mhc2": {"phi_pre", "phi_post", "phi_res"}, "ihc2": {"phi_pre", "phi_post"}}
-    assert decayed == manifold.get(name, {"dynamic_alpha_fn", "dynamic_beta_fn"} if name[0] in "dg" else set())
+    others = {
+        "mhc2": {"phi_pre", "phi_post", "phi_res"},
+        "ihc2": {"phi_pre", "phi_post"},
+        "gr2": {"gate_down", "gate_up", "write_fn"},
+    }
+    assert decayed == others.get(name, {"dynamic_alpha_fn", "dynamic_beta_fn"} if name[0] in "dg" else set())
     assert connection.no_weight_decay() <= {key for key, _ in connection.named_parameters()}
 
 
@@ -457,11 +462,11 @@ def test_drop_path(name):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", ["shc2", "dhc2", "dhc4", "sfc2", "dfc2", "dfc4", "sihc2", "sihc4"])
+@pytest.mark.parametrize("name", ["shc2", "dhc2", "dhc4", "sfc2", "dfc2", "dfc4", "sihc2", "sihc4", "gr2"])
 def test_autocast_at_init(name, dtype):
     """Under bf16 autocast a connection at init is the residual add bit for bit, on every stream."""
     torch.manual_seed(0)
-    copies = int(name[-1]) if "hc" in name else 1
+    copies = build_connection(name, DIM).copies
     branch = nn.Sequential(nn.LayerNorm(DIM), nn.Linear(DIM, DIM))
     residual = torch.randn(2, 3, DIM).to(dtype)
     x = expand_streams(residual, copies)
@@ -740,7 +745,7 @@ def test_vmap(name):
 @pytest.mark.parametrize(
     ("name", "backend"),
     [("shc2", "aot_eager"), ("dhc2", "inductor"), ("sfc2", "aot_eager"), ("dfc2", "inductor")]
-    + [(name, "aot_eager") for name in ("sihc2",)],
+    + [(name, "aot_eager") for name in ("sihc2", "gr2")],
 )
 def test_compile(name, backend):
     """torch.compile in one graph, forward and backward."""
@@ -839,7 +844,7 @@ def test_parse(name, parsed):
 )
 def test_parse_errors(name):
     with pytest.raises(
-        ValueError, match="connection must be 'residual' or one of shc, dhc, sfc, dfc, mhc, ihc, sihc followed"
+        ValueError, match="connection must be 'residual' or one of shc, dhc, sfc, dfc, mhc, ihc, sihc, gr followed"
     ):
         parse_connection(name)
 

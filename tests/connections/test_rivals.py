@@ -27,7 +27,19 @@ def channelwise(connection, p, x, branch):
     return torch.cat([streams[s] + p["write_weight"][s] * out for s in range(connection.rate)], dim=-1)
 
 
-WRITTEN = {"sihc2": channelwise, "sihc3": channelwise}
+def gated(connection, p, x, branch):
+    """GR, eq. 30-34 with a branch that has its own norm: every stream is normalised by itself, gates by matrices."""
+    n, streams = connection.rate, x.chunk(connection.rate, dim=-1)
+    normed = torch.cat([s / (s.square().mean(-1, keepdim=True) + 1e-6).sqrt() for s in streams], dim=-1)
+    hidden = normed @ p["gate_down"].T / n
+    hidden = hidden / (1 + (-hidden).exp())
+    gates = (2 / (1 + (-(hidden @ p["gate_up"].T)).exp())).chunk(n, dim=-1)
+    out = branch(sum(p["gain"][i] * gates[i] * streams[i] for i in range(n)))
+    write = 2 / (1 + (-(normed @ p["write_fn"].T) / n).exp())
+    return torch.cat([streams[i] + write[..., i, None] * out for i in range(n)], dim=-1)
+
+
+WRITTEN = {"sihc2": channelwise, "sihc3": channelwise, "gr1": gated, "gr3": gated}
 
 
 @pytest.mark.parametrize("tokens", [(), (2, 3)], ids=str)
@@ -51,7 +63,7 @@ def test_papers(name, tokens):
 # at init
 
 
-@pytest.mark.parametrize("name", ["sihc2", "sihc3", "sihc8"])
+@pytest.mark.parametrize("name", ["sihc2", "sihc3", "sihc8", "gr2", "gr3"])
 def test_at_init_they_are_the_residual_add(name):
     """To the bit, in every sub-layer and for all streams; each sub-layer reads another stream."""
     for k in range(4):
@@ -71,7 +83,44 @@ def test_parameters():
     }
 
 
-@pytest.mark.parametrize("name", ["sihc4"])
+def test_gates_start_somewhere():
+    """What makes the gates is drawn from a seed of its own: another one in each sub-layer, PyTorch's is left alone."""
+    state = torch.random.get_rng_state()
+    one, again, other = (build_connection("gr2", DIM, k) for k in (1, 1, 2))
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert torch.equal(one.gate_down, again.gate_down)
+    assert 0.7 < one.gate_down.std() * DIM**0.5 < 1.3
+    assert not torch.equal(one.gate_down, other.gate_down)
+    assert {key: tuple(p.shape) for key, p in one.named_parameters()} == {
+        "gain": (2, DIM),
+        "gate_down": (3, 2 * DIM),
+        "gate_up": (2 * DIM, 3),
+        "write_fn": (2, 2 * DIM),
+    }
+
+
+@pytest.mark.parametrize("name", ["gr3", "sihc3"])
+def test_backward_keeps_the_streams_and_the_output(name):
+    """Nothing else of their size: gates are computed again."""
+    connection = random_connection(name, 256, dtype=torch.float32)
+    x = torch.randn(2, 64, connection.width, requires_grad=True)
+    saved = {}
+
+    def pack(tensor):
+        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        view, carried = connection.width_connection(x)
+        out = view.detach().clone().requires_grad_()
+        connection.depth_connection(out, carried)
+    for tensor in (x, out, *connection.parameters()):
+        saved.pop(tensor.untyped_storage().data_ptr(), None)
+    made = 4 * sum(p.numel() for key, p in connection.named_parameters() if key in ("gate_down", "write_fn"))  # one
+    assert sum(saved.values()) - made < 0.1 * x.untyped_storage().nbytes()
+
+
+@pytest.mark.parametrize("name", ["sihc4", "gr2"])
 def test_no_kernels(name):
     with pytest.raises(ValueError, match=f"backend='native' has no kernels for {name}; backend='auto' takes PyTorch"):
         build_connection(name, DIM, backend="native")

@@ -20,8 +20,8 @@ from hcvision.training.connections import choose_backend, freeze_connections
 
 DIM = 24
 THREE = ("mhc4", "ihc4", "ghc2x3")
-EVERY = (*THREE, "sihc4")
-EXACT = ("ghc2x3", "sihc4")  # converted models are what they were, to the bit
+EVERY = (*THREE, "sihc4", "gr4")
+EXACT = ("ghc2x3", "sihc4", "gr4")  # converted models are what they were, to the bit
 MANIFOLD = ("mhc2", "mhc3", "mhc4", "ihc2", "ihc4")
 GENERAL = ("ghc1x2", "ghc2x3", "ghc2x4", "ghc3x4", "ghc4x6")
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3, "num_classes": 10}
@@ -344,7 +344,7 @@ def test_convert(family, name):
     missing = [key for key, p in ours.named_parameters() if p.grad is None or not p.grad.any()]
     assert not [key for key in missing if ".connection" in key], missing
     exits = [key for key in ours.state_dict() if key.endswith("exit.weight")]
-    assert len(exits) == (0 if name[0] != "g" else 2 if family == "swin" else 1)
+    assert len(exits) == (0 if name[:3] != "ghc" else 2 if family == "swin" else 1)
     with pytest.raises(ValueError, match="no residual add any more"):
         hcvision.convert(ours, "residual")
     back, _ = build(family, name)
@@ -382,7 +382,7 @@ def test_taps_and_cut_models(name):
     ours.prune_intermediate_layers([1])
     assert ours(images).shape[-1] == 48
     assert [key for key in ours.state_dict() if "exit" in key] == (
-        ["blocks.1.connection2.exit.weight"] if name[0] == "g" else []
+        ["blocks.1.connection2.exit.weight"] if name[:3] == "ghc" else []
     )
     features = timm.create_model("vit_tiny_patch16_224_ghc2x3", features_only=True, **{**TINY, "num_classes": 0})
     assert [f.shape[1] for f in features(images)] == [48] * 3

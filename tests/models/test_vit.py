@@ -13,7 +13,7 @@ import hcvision
 from hcvision.connections.names import build_connection, parse_connection
 
 CONNECTIONS = [f"{kind}{rate}" for kind, rate in product(("shc", "dhc", "sfc", "dfc"), (2, 4, 8))]
-CONNECTIONS += ["mhc4", "ihc4", "ghc2x3", "sihc4"]
+CONNECTIONS += ["mhc4", "ihc4", "ghc2x3", "sihc4", "gr4"]
 TWINS = [(f"vit_{size}_patch16_224", name) for size in ("tiny", "small", "base", "large") for name in CONNECTIONS]
 SHAPES = {"tiny": (192, 12), "small": (384, 12), "base": (768, 12), "large": (1024, 24)}
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3, "num_classes": 10}
