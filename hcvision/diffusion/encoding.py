@@ -1,14 +1,18 @@
 """A folder of images encoded once, into shards of latents."""
 
 import json
+import os
+import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytorch_lightning as pl
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from timm.data import create_transform
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
 from hcvision.data import (
@@ -17,12 +21,89 @@ from hcvision.data import (
     LatentShards,
     check_number,
     count_workers,
+    is_first_process,
     open_folder,
     pick_device,
     warn_of_left_out,
 )
 from hcvision.diffusion.objectives import SeededNoise
 from hcvision.diffusion.vae import encode, load_vae
+
+
+@dataclass
+class Split:
+    """A split of a folder: its images, and what every shard of it says of itself."""
+
+    images: Images
+    about: dict[str, str]
+    size: int  # images per shard
+
+    def numbers(self, shard: int) -> range:
+        """The numbers of the images of a shard."""
+        return range(shard * self.size, min((shard + 1) * self.size, int(self.about["images"])))
+
+
+class Jobs(pl.LightningDataModule):
+    """Shards that are still to be made, by split and number; every process takes its share."""
+
+    def __init__(self, missing: list[tuple[str, int]]):
+        super().__init__()
+        self.missing = missing
+        self.allow_zero_length_dataloader_with_multiple_devices = True
+
+    def predict_dataloader(self) -> DataLoader:
+        assert self.trainer is not None
+        jobs: Any = self.missing[self.trainer.global_rank :: self.trainer.world_size]
+        return DataLoader(jobs, batch_size=None)
+
+
+class ShardWriter(pl.LightningModule):
+    """Makes shards, each whole or not at all, and says how fast: by what it holds alone, whoever makes the others."""
+
+    def __init__(
+        self, vae: nn.Module, splits: dict[str, Split], out: Path, options: dict[str, Any], say: Callable[[str], None]
+    ):
+        super().__init__()
+        self.vae, self.splits, self.out, self.options, self.say = vae, splits, out, options, say
+        self.images = 0  # that this process has encoded
+
+    def on_predict_start(self) -> None:
+        self.out.mkdir(parents=True, exist_ok=True)  # now that every process has checked what is there
+        self.began = time.monotonic()
+
+    def predict_step(self, batch: tuple[str, int], batch_idx: int) -> int:
+        """Make the shard of a split and a number. Returns how many images are in it."""
+        name, number = batch
+        split, options, began = self.splits[name], self.options, time.monotonic()
+        numbers = split.numbers(number)
+        workers = options["num_workers"]
+        if workers is None:  # processes on a machine share its cores
+            workers = count_workers(None) // (self.trainer.num_devices if self.trainer.world_size > 1 else 1)
+        chosen = Subset(split.images, numbers)
+        loader: Any = DataLoader(chosen, options["batch_size"], num_workers=workers, collate_fn=split.images.collate)
+        tensors, left_out = encode_shard(
+            self.vae, loader, numbers.start, options["seed"], options["skip_bad_images"], str(self.device)
+        )
+        values = tensors["latents"].double()
+        statistics = {
+            "mean": json.dumps(values.mean((0, 2, 3)).tolist()),
+            "std": json.dumps(values.std((0, 2, 3)).tolist()),
+        }
+        path = shard_path(self.out, name, number)
+        partial = path.with_suffix(".partial")
+        partial.write_bytes(sort_metadata(save(tensors, {**split.about, **statistics})))
+        partial.replace(path)
+        self.images += len(values)
+        bad = f", {left_out} unreadable ones left out" if left_out else ""
+        self.say(f"{path}: {len(values)} images{bad}, {len(values) / (time.monotonic() - began):.1f} images/s")
+        return len(values)
+
+    def on_predict_end(self) -> None:
+        count: Any = self.trainer.strategy.reduce(torch.tensor(float(self.images), device=self.device), reduce_op="sum")
+        seconds, processes = time.monotonic() - self.began, self.trainer.world_size
+        by = f" by {processes} processes" if processes > 1 else ""
+        if self.trainer.is_global_zero:
+            self.say(f"{int(count)} images in {seconds:.0f} s{by}: {float(count) / seconds:.1f} images/s")
 
 
 def encode_folder(
@@ -35,10 +116,15 @@ def encode_folder(
     num_workers: int | None = None,
     skip_bad_images: bool = False,
     device: str = "auto",
+    devices: int | None = None,
+    strategy: str = "auto",
     seed: int = 0,
     say: Callable[[str], None] = print,
 ) -> Path:
     """Encode the images of a folder into shards. Shards that are there already are not made again.
+
+    Several processes, of Lightning (``devices``), torchrun or Slurm, make a shard each at a time. A shard is the same
+    to the bit however many there are and whenever it was made, with the same batch size on the same kind of device.
 
     Args:
         root: folder of images: ROOT/train/CLASS/IMAGE and ROOT/val/CLASS/IMAGE, or ROOT/CLASS/IMAGE.
@@ -47,11 +133,13 @@ def encode_folder(
         image_size: pixels; the shorter side is resized to it, the middle kept.
         batch_size: images per pass through the VAE.
         shard_size: images per shard.
-        num_workers: loading processes; None takes the CPU cores available, at most 8.
+        num_workers: loading processes of each process; None takes its share of the CPU cores available, at most 8.
         skip_bad_images: leave unreadable images out instead of stopping.
         device: where the VAE runs: cpu, cuda, cuda:1, ...; auto takes a GPU if there is one.
+        devices: GPUs, or processes on a CPU; None is as many as torchrun has started here, else one.
+        strategy: Lightning's.
         seed: of the draws from the VAE's posterior; each image has its own.
-        say: called with a line per shard.
+        say: called with a line per shard, and one for all of them with the images per second.
 
     Raises:
         ValueError: a bad argument, no images, an unreadable image, or shards in ``out`` of something else.
@@ -60,6 +148,7 @@ def encode_folder(
     for name, value in {"image_size": image_size, "batch_size": batch_size, "shard_size": shard_size}.items():
         check_number(name, value, 1, whole=True)
     check_number("seed", seed, 0, whole=True)
+    check_number("devices", 1 if devices is None else devices, 1, whole=True)
     if num_workers is not None:
         check_number("num_workers", num_workers, 0, whole=True)
     if not Path(root).is_dir():
@@ -68,9 +157,10 @@ def encode_folder(
     bases: dict[str, Any] = {}
     for split, folder in (folders or {"train": Path(root)}).items():
         bases[split] = open_folder(folder, bases.get("train"))
-    warn_of_left_out(bases.values(), root)
-    device = pick_device(device)
-    model: Any = load_vae(vae).to(device)
+    if is_first_process():
+        warn_of_left_out(bases.values(), root)
+    arguments = place_processes(pick_device(device), devices)
+    model: Any = load_vae(vae)
     factor = 2 ** (len(model.config.block_out_channels) - 1)
     if image_size % factor:
         raise ValueError(
@@ -78,35 +168,49 @@ def encode_folder(
         )
     pixels = (image_size, image_size)
     transform = create_transform((3, *pixels), crop_pct=1.0, interpolation="bicubic", mean=(0.5,) * 3, std=(0.5,) * 3)
-    workers = count_workers(num_workers)
-    Path(out).mkdir(parents=True, exist_ok=True)
+    splits: dict[str, Split] = {}
+    missing: list[tuple[str, int]] = []
     for split, base in bases.items():
-        images = Images(base, range(len(base)), transform, "RGB")
-        shards = range(0, len(base), shard_size)
+        shards = range(-(-len(base) // shard_size))
         about = {
             "format": LATENT_FORMAT, "vae": vae, "image_size": str(image_size), "classes": json.dumps(base.classes),
             "images": str(len(base)), "shard_size": str(shard_size), "shards": str(len(shards)), "seed": str(seed),
         }  # fmt: skip
-        for number, start in enumerate(shards):
-            path = Path(out) / f"{split}-{number:05}.safetensors"
-            if path.is_file():
-                check_shard(path, about)
-                say(f"{path}: was there")
+        splits[split] = Split(Images(base, range(len(base)), transform, "RGB"), about, shard_size)
+        for number in shards:
+            path = shard_path(Path(out), split, number)
+            if not path.is_file():
+                missing.append((split, number))
                 continue
-            chosen = range(start, min(start + shard_size, len(base)))
-            loader: Any = DataLoader(Subset(images, chosen), batch_size, num_workers=workers, collate_fn=images.collate)
-            tensors, left_out = encode_shard(model, loader, start, seed, skip_bad_images, device)
-            values = tensors["latents"].double()
-            statistics = {
-                "mean": json.dumps(values.mean((0, 2, 3)).tolist()),
-                "std": json.dumps(values.std((0, 2, 3)).tolist()),
-            }
-            partial = path.with_suffix(".partial")
-            save_file(tensors, partial, metadata={**about, **statistics})
-            partial.replace(path)
-            bad = f", {left_out} unreadable ones left out" if left_out else ""
-            say(f"{path}: {len(values)} images{bad}")
+            check_shard(path, about)
+            if is_first_process():
+                say(f"{path}: was there")
+    options = {"num_workers": num_workers, "batch_size": batch_size, "skip_bad_images": skip_bad_images, "seed": seed}
+    writer = ShardWriter(model, splits, Path(out), options, say)
+    runner = pl.Trainer(
+        **arguments, strategy=strategy, logger=False, enable_checkpointing=False, enable_model_summary=False,
+        enable_progress_bar=False, use_distributed_sampler=False,
+    )  # fmt: skip
+    if missing:
+        if runner.world_size > len(missing) and is_first_process():
+            say(f"{runner.world_size} processes share {len(missing)} shards: a smaller shard_size would keep all busy")
+        runner.predict(writer, datamodule=Jobs(missing), return_predictions=False)
     return Path(out)
+
+
+def place_processes(device: str, devices: int | None) -> dict[str, Any]:
+    """Arguments of Lightning's Trainer for so many devices or, where there is one, for that device."""
+    kind, _, index = device.partition(":")
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    count = here if devices is None else devices
+    if index and count > 1:
+        raise ValueError(f"devices must be 1 with a device by its number, got device={device} and devices={count}")
+    nodes = int(os.environ.get("WORLD_SIZE", count)) // count if "LOCAL_WORLD_SIZE" in os.environ else 1
+    return {"accelerator": kind, "devices": [int(index)] if index else count, "num_nodes": nodes}
+
+
+def shard_path(out: Path, split: str, number: int) -> Path:
+    return out / f"{split}-{number:05}.safetensors"
 
 
 def encode_shard(
@@ -133,6 +237,16 @@ def encode_shard(
         raise ValueError(f"none of the images {start} and following can be read")
     tensors = {"latents": torch.cat(straight), "flipped": torch.cat(flipped), "labels": torch.tensor(labels)}
     return {key: value.contiguous() for key, value in tensors.items()}, left_out
+
+
+def sort_metadata(content: bytes) -> bytes:
+    """The same safetensors file with its metadata in alphabetical order; safetensors writes them in a random one."""
+    size = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + size])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the tensors behind it stay aligned
+    return len(text).to_bytes(8, "little") + text + content[8 + size :]
 
 
 def check_shard(path: Path, about: dict[str, str]) -> None:

@@ -1,10 +1,12 @@
 import json
 import pickle
+import re
 import shutil
 import sys
 from pathlib import Path
 
 import numpy as np
+import processes
 import pytest
 import pytorch_lightning as pl
 import torch
@@ -14,7 +16,7 @@ from safetensors.torch import load_file
 
 from hcvision.data.latents import LatentShards
 from hcvision.data.module import ImageData
-from hcvision.diffusion.encoding import encode_folder
+from hcvision.diffusion.encoding import encode_folder, place_processes
 from hcvision.diffusion.objectives import SeededNoise
 from hcvision.diffusion.sampling import Sampling, draw_samples, read_samples
 from hcvision.diffusion.vae import decode, encode, load_vae
@@ -42,6 +44,9 @@ def shards(image_folder, vae_folder, tmp_path_factory):
     options = {"image_size": 32, "batch_size": 7, "shard_size": 30, "num_workers": 0, "device": "cpu"}
     said = []
     encode_folder(str(image_folder), str(out), vae_folder, **options, say=said.append)
+    *said, total = (re.sub(r"[\d.]+( s: |(?= images/s))", r"?\1", line) for line in said)
+    assert total == "111 images in ? s: ? images/s"
+    said = [line.removesuffix(", ? images/s") for line in said]
     assert said == [
         f"{out}/train-00000.safetensors: 30 images",
         f"{out}/train-00001.safetensors: 30 images",
@@ -191,12 +196,52 @@ def test_encoding_goes_on_where_it_was(shards, image_folder, vae_folder, tmp_pat
     (copy / "train-00001.safetensors").unlink()
     said = []
     encode_folder(str(image_folder), str(copy), vae_folder, **{**options, "batch_size": 30}, say=said.append)
-    assert [line.partition(": ")[2] for line in said] == ["was there", "30 images"] + ["was there"] * 3
+    assert [line.partition(": ")[2].partition(",")[0] for line in said[:5]] == ["was there"] * 4 + ["30 images"]
+    assert said[5].startswith("30 images in ")
+    done = []
+    encode_folder(str(image_folder), str(copy), vae_folder, **{**options, "batch_size": 30}, say=done.append)
+    assert [line.partition(": ")[2] for line in done] == ["was there"] * 5
     again = load_file(copy / "train-00001.safetensors")
     for key, value in whole.items():  # batches of another size round in other places
         torch.testing.assert_close(again[key].float(), value.float(), rtol=1e-3, atol=1e-3)
     with pytest.raises(ValueError, match="is there already with image_size '32', not '16'; give another folder"):
         encode_folder(str(image_folder), str(copy), vae_folder, **{**options, "image_size": 16})
+
+
+@pytest.mark.filterwarnings("ignore:The `local_dir_use_symlinks` argument:UserWarning")
+def test_two_processes_make_the_same_shards(shards, image_folder, vae_folder, tmp_path):
+    """To the bit what one makes, also where they go on; each shard by one of them, and all of it counted once."""
+    out, options = shards
+    more = ("--image_size=32", "--batch_size=7", "--shard_size=30", "--num_workers=0", "--device=cpu")
+    command = ("encode", str(image_folder), "two", f"--vae={vae_folder}", *more, "--devices=2", "--strategy=ddp")
+    first = processes.run_twice(*command, folder=tmp_path).stdout
+    assert "two/train-00000.safetensors: 30 images, " in first
+    assert "two/train-00001.safetensors" not in first  # the other's
+    assert re.search(r"111 images in \d+ s by 2 processes: [\d.]+ images/s", first)
+    names = sorted(path.name for path in out.iterdir())
+    assert sorted(path.name for path in (tmp_path / "two").iterdir()) == names
+    for name in ("train-00001.safetensors", "val-00000.safetensors"):
+        (tmp_path / "two" / name).unlink()
+    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "two").iterdir()}
+    again = []
+    encode_folder(str(image_folder), str(tmp_path / "two"), vae_folder, **options, say=again.append)
+    assert [line.partition(": ")[2].partition(",")[0] for line in again[:5]] == ["was there"] * 3 + ["30 images"] * 2
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    for name in names:
+        assert (tmp_path / "two" / name).read_bytes() == (out / name).read_bytes()
+
+
+def test_where_processes_run(monkeypatch):
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    assert place_processes("cuda:1", None) == {"accelerator": "cuda", "devices": [1], "num_nodes": 1}
+    assert place_processes("cpu", 3) == {"accelerator": "cpu", "devices": 3, "num_nodes": 1}
+    with pytest.raises(
+        ValueError, match="devices must be 1 with a device by its number, got device=cuda:1 and devices=2"
+    ):
+        place_processes("cuda:1", 2)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")  # torchrun's, on two machines
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    assert place_processes("cuda", None) == {"accelerator": "cuda", "devices": 4, "num_nodes": 2}
 
 
 def test_bad_images(image_folder, vae_folder, shards, tmp_path):
@@ -207,7 +252,7 @@ def test_bad_images(image_folder, vae_folder, shards, tmp_path):
         encode_folder(str(damaged), str(tmp_path / "out"), vae_folder, **shards[1])
     said = []
     encode_folder(str(damaged), str(tmp_path / "out"), vae_folder, **shards[1], skip_bad_images=True, say=said.append)
-    assert said[1].endswith("29 images, 1 unreadable ones left out")
+    assert "train-00001.safetensors: 29 images, 1 unreadable ones left out, " in "".join(said)
     assert ImageData("latents", str(tmp_path / "out"), batch_size=8).num_classes == 3
 
 
@@ -306,6 +351,7 @@ def test_training_and_sampling_on_latents(shards, vae_folder, trainer_args, tmp_
         ({"shard_size": -1}, ValueError, "shard_size must be at least 1, got -1"),
         ({"num_workers": -1}, ValueError, "num_workers must be at least 0, got -1"),
         ({"seed": -1}, ValueError, "seed must be at least 0, got -1"),
+        ({"devices": 0}, ValueError, "devices must be at least 1, got 0"),
         ({"root": "nowhere"}, FileNotFoundError, "there is no folder nowhere; root must hold the images"),
         ({"vae": "nowhere/vae"}, ValueError, "there is no VAE 'nowhere/vae', neither a folder nor in reach on the hub"),
     ],
