@@ -19,6 +19,8 @@ class                      name           streams S  views V  width E  source
 ``GeneralizedConnection``  ``ghc2x3``     n          m        dim / m  Virtual Width Networks, arXiv 2511.11238
 ``ChannelwiseConnection``  ``sihc4``      n          1        dim      SiHC, arXiv 2609.33895
 ``GatedConnection``        ``gr4``        n          1        dim      Gated Residual, arXiv 2608.30320
+``OrthogonalConnection``   ``oru``        1          1        dim      Orthogonal residual update, arXiv 2505.11881
+``LaurelConnection``       ``laurel``     1          1        dim      LAuReL, arXiv 2411.07501
 =========================  =============  =========  =======  =======  =====================================
 
 ``base.py`` is the seam and ``streams.py`` what all connections with streams share; each kind has a file of its own;

@@ -38,6 +38,7 @@ class Connection(nn.Module):
     copies: int  # of x that are entered, 1 where x is its own streams
     undecayed: tuple[str, ...] = ()  # parameters that must not decay
     has_exit = False  # whether ``leave`` has parameters
+    starts_as_residual = True  # whether it is the residual add at its initial values
 
     def __init__(self, dim: int, streams: int, views: int):
         super().__init__()
@@ -128,6 +129,11 @@ class Residual(Connection):
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}"
+
+
+def check_alone(name: str, rate: int) -> None:
+    if rate != 1:
+        raise ValueError(f"{name} has one stream, got rate={rate!r}")
 
 
 def check_count(name: str, value: int, least: int) -> None:

@@ -57,6 +57,16 @@ def read_gated(*inputs: Tensor) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
     return KeepInputs.apply(read, *inputs)
 
 
+def update_orthogonal(streams: Tensor, output: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
+    """See ``reference.update_orthogonal``."""
+    return UpdateOrthogonal.apply(streams, output)
+
+
+def update_low_rank(*inputs: Tensor) -> Tuple[Tensor]:
+    """See ``reference.update_low_rank``."""
+    return KeepInputs.apply(reference.update_low_rank, *inputs)
+
+
 def write_channels(placeholder: Tensor, output: Tensor, write: Tensor) -> Tensor:
     """See ``steps.write_channels``."""
     return WriteChannels.apply(placeholder, output, write).flatten(-2).to(placeholder.dtype)
@@ -434,3 +444,32 @@ class WriteChannels(torch.autograd.Function):
             if needs_operations_backward([grad]):
                 return grad, grad_output, (grad * output).reshape(-1, *write.shape).sum(0)
             return grad, grad_output, multiply_up(grad, output) if ctx.needs_input_grad[2] else None
+
+
+@skip_binding
+class UpdateOrthogonal(torch.autograd.Function):
+    """``reference.update_orthogonal``; saves the stream and the branch output, and two numbers of a token."""
+
+    @staticmethod
+    def forward(streams, output):
+        return reference.update_orthogonal(streams, output)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs, *output[1:])
+        ctx.mark_non_differentiable(*output[1:])
+
+    @staticmethod
+    def backward(ctx, grad, *_):
+        streams, output, along, inverse = ctx.saved_tensors
+        if needs_operations_backward([grad]):
+
+            def update(*inputs):
+                return reference.update_orthogonal(*inputs)[:1]
+
+            return tuple(reference.gradients(update, (streams, output), [grad]))
+        with without_autocast(grad.device.type):
+            x = streams.to(grad.dtype)
+            share = (grad * x).sum(-1, keepdim=True) * inverse
+            grad_x = torch.addcmul(grad - along * grad, share, output.to(grad.dtype), value=-1)
+            return grad_x.addcmul_(2 * along * share, x), torch.addcmul(grad, share, x, value=-1)

@@ -12,7 +12,9 @@ from hcvision.connections.gated import GatedConnection
 from hcvision.connections.generalized import GeneralizedConnection
 from hcvision.connections.hyper import HyperConnection
 from hcvision.connections.identity import IdentityConnection
+from hcvision.connections.laurel import LaurelConnection
 from hcvision.connections.manifold import ManifoldConnection
+from hcvision.connections.orthogonal import OrthogonalConnection
 
 BUILDERS: dict[str, Callable[..., Connection]] = {  # by kind, called with dim, rate, layer_index and options
     "shc": functools.partial(HyperConnection, dynamic=False),
@@ -24,24 +26,28 @@ BUILDERS: dict[str, Callable[..., Connection]] = {  # by kind, called with dim, 
     "ghc": GeneralizedConnection,
     "sihc": ChannelwiseConnection,
     "gr": GatedConnection,
+    "oru": OrthogonalConnection,
+    "laurel": LaurelConnection,
 }
 KINDS = tuple(BUILDERS)
-SUCCESSORS = ("mhc4", "ihc4", "ghc2x3", "sihc4", "gr4")
+ALONE = ("oru", "laurel")  # kinds that have no rate
+SUCCESSORS = ("mhc4", "ihc4", "ghc2x3", "sihc4", "gr4", "oru", "laurel")
 NAMES = (*(f"{kind}{rate}" for kind in KINDS[:4] for rate in (2, 4, 8)), *SUCCESSORS)  # timm names end so
 
 
 def parse_connection(name: str) -> tuple[str, Any]:
     """Split a connection's name into kind and rate: ``"dhc4"`` gives ``("dhc", 4)``, ``"ghc2x3"`` ``("ghc", (2, 3))``.
 
-    ``"residual"`` gives ``("residual", 1)``. Every other spelling raises ValueError.
+    ``"residual"`` gives ``("residual", 1)``, and so do kinds that have no rate. Every other spelling raises ValueError.
     """
-    if name == "residual":
-        return "residual", 1
+    if name in ("residual", *ALONE):
+        return name, 1
     match = re.fullmatch(rf"({'|'.join(KINDS)})([1-9]\d*)(?:x([1-9]\d*))?", name) if isinstance(name, str) else None
-    if match is None or (match[1] == "ghc") != (match[3] is not None):
-        rated = ", ".join(kind for kind in KINDS if kind != "ghc")
+    if match is None or match[1] in ALONE or (match[1] == "ghc") != (match[3] is not None):
+        rated = ", ".join(kind for kind in KINDS if kind not in ("ghc", *ALONE))
+        alone = ", ".join(f"'{kind}'" for kind in ("residual", *ALONE))
         raise ValueError(
-            f"connection must be 'residual' or one of {rated} followed by a rate of at least 1, such as 'dhc2', or ghc "
+            f"connection must be {alone} or one of {rated} followed by a rate of at least 1, such as 'dhc2', or ghc "
             f"followed by fractions x segments, such as 'ghc2x3', got {name!r}"
         )
     return match[1], (int(match[2]), int(match[3])) if match[3] else int(match[2])
@@ -52,7 +58,7 @@ def build_connection(name: str, dim: int, layer_index: int = 0, **options) -> "C
 
     Args:
         name: ``residual``; static/dynamic + hyper/frac + rate: ``shc2``, ``dhc4``, ``sfc2``, ``dfc4``; or a
-            successor: ``mhc4``, ``ihc4``, ``ghc2x3``, ``sihc4``, ``gr4``.
+            successor: ``mhc4``, ``ihc4``, ``ghc2x3``, ``sihc4``, ``gr4``, ``oru``, ``laurel``.
         dim: width of the model (timm's embed_dim).
         layer_index: index of the sub-layer, counted from 0 over attention and MLP alike.
         **options: keyword arguments of the class: ``tanh``, ``norm``, ``backend``, ``device``, ``dtype``, and

@@ -211,6 +211,22 @@ def open_gates(hidden: Tensor, up: Tensor, gain: Tensor) -> Tensor:
     return gain * gates.reshape(hidden.shape[:-1] + gain.shape)
 
 
+def update_orthogonal(streams: Tensor, output: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
+    """The next stream (..., 1, E), and <x, f> / |x|^2 and 1 / |x|^2 (..., 1, 1); see ``steps.update_orthogonal``."""
+    x = streams.to(torch.promote_types(streams.dtype, torch.float32))
+    output = output.to(x.dtype)
+    inverse = 1 / (x.square().sum(-1, keepdim=True) + 1e-6)
+    along = (x * output).sum(-1, keepdim=True) * inverse
+    return torch.addcmul(x + output, along, x, value=-1), along, inverse
+
+
+def update_low_rank(streams: Tensor, output: Tensor, low_rank: Tensor, scales: Tensor) -> Tuple[Tensor]:
+    """See ``steps.update_low_rank``."""
+    x = streams.to(low_rank.dtype)
+    carried = scales[1] * (x + F.linear(x, low_rank[0]) @ low_rank[1])
+    return (torch.addcmul(carried, scales[0], output.to(low_rank.dtype)),)
+
+
 def write_channels(streams: Tensor, output: Tensor, write: Tensor) -> Tensor:
     """See ``steps.write_channels``."""
     return torch.addcmul(streams.to(write.dtype), write, output).flatten(-2).to(streams.dtype)

@@ -116,6 +116,55 @@ def read_gated(
 
 
 @torch.fx.wrap
+def read_whole(streams: Tensor) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """``width_connection`` where the branch reads the one stream (..., 1, E) as it is; alpha and beta are ones."""
+    one = torch.ones([1], dtype=torch.promote_types(streams.dtype, torch.float32), device=streams.device)
+    ones = one.expand(streams.shape[:-1])
+    return streams.flatten(-2), streams, ones, ones, streams
+
+
+@torch.fx.wrap
+def update_orthogonal(streams: Tensor, output: Tensor) -> Tensor:
+    """x + f - <x, f> / (|x|^2 + 1e-6) x, of one stream and the branch output, (..., 1, E) each -> (..., E)."""
+    if torch.jit.is_scripting():
+        following = reference.update_orthogonal(streams, output)[0]
+    else:
+        form = reference if needs_operations() else eager
+        with without_autocast(streams.device.type):
+            following = form.update_orthogonal(streams, output)[0]
+    return following.flatten(-2).to(streams.dtype)
+
+
+@torch.fx.wrap
+def read_low_rank(
+    streams: Tensor, logit_alpha: Tensor, logit_beta: Tensor, low_rank_a: Tensor, low_rank_b: Tensor
+) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """``read_whole`` of LAuReL; in the place of alpha and beta go A and B^T, (2, r, E), and the paper's alpha and beta.
+
+    See ``LaurelConnection``.
+    """
+    dtype = torch.promote_types(streams.dtype, torch.float32)
+    scales = 2 * torch.cat([logit_alpha, logit_beta]).to(dtype).sigmoid()
+    low_rank = torch.stack([low_rank_a, low_rank_b.transpose(0, 1)]).to(dtype)
+    return streams.flatten(-2), streams, low_rank, scales, streams
+
+
+@torch.fx.wrap
+def update_low_rank(streams: Tensor, output: Tensor, low_rank: Tensor, scales: Tensor) -> Tensor:
+    """alpha f + beta (x + B A x), of one stream and the branch output, (..., 1, E) each -> (..., E).
+
+    The low-rank part is a matmul, in float32 at least, which TF32 may round.
+    """
+    if torch.jit.is_scripting():
+        following = reference.update_low_rank(streams, output, low_rank, scales)[0]
+    else:
+        form = reference if needs_operations() else eager
+        with without_autocast(streams.device.type):
+            following = form.update_low_rank(streams, output, low_rank, scales)[0]
+    return following.flatten(-2).to(streams.dtype)
+
+
+@torch.fx.wrap
 def carry_streams(streams: Tensor, alpha: Tensor, beta: Tensor, views: int) -> Tensor:
     """The placeholder of streams (..., S, E) that are to be carried, where they are not those that were read."""
     if torch.jit.is_scripting():

@@ -144,7 +144,10 @@ class StreamConnection(Connection):
         return self.update(streams, output, alpha, beta, placeholder)
 
     def update(self, streams: Tensor, output: Tensor, alpha: Tensor, beta: Tensor, placeholder: Tensor) -> Tensor:
-        """The next streams (..., S*E), from the branch output (..., V, E) and the carried streams in four parts."""
+        """The next streams (..., S*E), from the branch output (..., V, E) and the carried streams in four parts.
+
+        A block calls it of the connection behind the one whose parameters count (``join``): these are in the parts.
+        """
         return steps.depth_connection(streams, output, alpha, beta, placeholder, self.backend)
 
     def join(

@@ -1,6 +1,7 @@
 """A timm transformer in, the same transformer with connections out."""
 
 import copy
+import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -18,6 +19,10 @@ from hcvision.models.stages import find_columns, find_family, stages
 
 STREAM_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 Blocks = slice | str | Iterable[int] | Callable[[int, nn.Module], bool] | None
+
+
+class NoResidualWarning(UserWarning):
+    """A connection that is not the residual add at its initial values changes what a converted model computes."""
 
 
 def choose_blocks(blocks: Blocks, candidates: list[Any]) -> list[int]:
@@ -63,7 +68,8 @@ def convert(
     At their initial values the connections are the residual adds: the outputs stay what they were
     (FC to the bit, HC too, up to the rounding of a mean over n equal numbers). HC streams are entered
     before the first block of a run of converted blocks and left, by their mean, behind its last one;
-    a hierarchical model has a run per stage.
+    a hierarchical model has a run per stage. ``oru`` alone is not the residual add: the outputs change, and a
+    warning says so.
 
     Args:
         model: a timm model, or its ``features_only`` wrapper. Weights stay where they are.
@@ -91,7 +97,8 @@ def convert(
     candidates = [block for column in find_columns(model, find_family(model)) for block in column]
     if kind == "residual":
         if isinstance(model, ConnectedModel):
-            remove_connections(model, candidates, blocks)
+            check_residual(candidates, blocks)
+            remove_connections(model, blocks)
         return model
 
     grafts: list[tuple[Any, dict[str, Any]]] = []
@@ -117,6 +124,10 @@ def convert(
                 connection, mixin.dim(block), first[i] + k, device=like.device, dtype=like.dtype, **options
             ).train(block.training)
         grafts.append((block, new))
+    if not grafts[0][1]["connection1"].starts_as_residual:
+        changed = f"what this {own_class(model).__name__} computes changes"
+        message = f"{connection} is not the residual add at the start: {changed}"
+        warnings.warn(message, NoResidualWarning, stacklevel=2)
     for block, attributes in grafts:  # only now that nothing can fail
         graft(block, find_mixin(block), **attributes)
     for part in find_parts(model):
@@ -204,15 +215,22 @@ def find_parts(model: Any) -> list[Any]:
     return [model] if not owner or "*" in owner else [model, model.get_submodule(owner)]
 
 
-def remove_connections(model: Any, candidates: list[Any], blocks: Blocks) -> None:
-    chosen = [candidates[i] for i in choose_blocks(blocks, candidates) if isinstance(candidates[i], ConnectedBlock)]
-    for block in chosen:
-        for name, module in block.named_children():
+def check_residual(candidates: list[Any], blocks: Blocks) -> None:
+    """Raise ValueError where a connection of the chosen blocks is not the residual add, or is it no longer."""
+    for i in choose_blocks(blocks, candidates):
+        for name, module in candidates[i].named_children():
             if isinstance(module, Connection) and not is_residual(module):
+                reason = "any more: it has left its initial values" if module.starts_as_residual else "at any values"
                 raise ValueError(
-                    f"{name} of a {own_class(block).__name__} is no residual add any more: it has left its initial "
-                    "values, and taking it away would change the model"
+                    f"{name} of a {own_class(candidates[i]).__name__} is no residual add {reason}, and taking it away "
+                    "would change the model"
                 )
+
+
+def remove_connections(model: Any, blocks: Blocks = None) -> None:
+    """Put residual adds where the connections of these blocks are, whatever those are by now."""
+    candidates = [block for column in find_columns(model, find_family(model)) for block in column]
+    chosen = [candidates[i] for i in choose_blocks(blocks, candidates) if isinstance(candidates[i], ConnectedBlock)]
     for block in chosen:
         connections = [name for name, module in block.named_children() if isinstance(module, Connection)]
         ungraft(block, "channels_first", "entry_rate", "exit_rate", "restores_dtype", *connections)
@@ -229,7 +247,7 @@ def remove_connections(model: Any, candidates: list[Any], blocks: Blocks) -> Non
 
 def is_residual(connection: Any) -> bool:
     """Whether every parameter has its initial value, and that is the residual add."""
-    if getattr(connection, "arrangement", "sequential") != "sequential":
+    if not connection.starts_as_residual or getattr(connection, "arrangement", "sequential") != "sequential":
         return False
     initial = copy.deepcopy(connection)
     initial.reset_parameters()

@@ -1,6 +1,7 @@
 """timm names of models with connections: registered, built, their weights loaded, what timm has counted."""
 
 import sys
+import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
@@ -22,7 +23,7 @@ from timm.models._hub import load_model_config_from_path
 from torch import Tensor, nn
 
 from hcvision.connections import Connection, parse_connection
-from hcvision.models.conversion import convert
+from hcvision.models.conversion import NoResidualWarning, convert, remove_connections
 from hcvision.models.grafting import own_class
 from hcvision.models.stages import find_family
 
@@ -116,9 +117,12 @@ def register_name(base: str, connection: str) -> str:
             # A residual checkpoint is loaded by timm's own entrypoint, as if we were not there.
             model = base_entrypoint(pretrained=pretrained and not own, pretrained_cfg=cfg, **loading, **model_kwargs)
             model.pretrained_cfg = {**model.pretrained_cfg, "architecture": base}  # what it is without connections
-            convert(model, connection, **{key.removeprefix("connection_"): value for key, value in options.items()})
-            for step in more:
-                convert(model, **step)
+            with warnings.catch_warnings():
+                if not pretrained or own:  # nothing was computed before that could change
+                    warnings.simplefilter("ignore", NoResidualWarning)
+                convert(model, connection, **{key.removeprefix("connection_"): value for key, value in options.items()})
+                for step in more:
+                    convert(model, **step)
             default = (
                 3 if find_family(model).is_tapped else len(model.feature_info)
             )  # the last three blocks, or all stages
@@ -296,7 +300,9 @@ def try_connections(base: str, connections: Iterable[str]) -> Iterator[tuple[str
         return
     for connection in connections:
         try:
-            convert(convert(model, connection), "residual")
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", NoResidualWarning)
+                remove_connections(convert(model, connection))
             yield connection, ""
         except ValueError as error:
             yield connection, str(error).partition(";")[0]

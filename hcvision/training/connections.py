@@ -35,7 +35,14 @@ def freeze_connections(model: nn.Module, part: str) -> None:
     connections = [module for module in model.modules() if isinstance(module, StreamConnection)]
     if not connections:
         raise ValueError(f"connection_freeze={part!r} needs a model with connections, this one has residual adds")
-    for connection in connections:
-        for name, parameter in connection.named_parameters():
-            if any(word in name for word in connection.parts[part]):
-                parameter.requires_grad_(False)
+    held = [
+        parameter
+        for connection in connections
+        for name, parameter in connection.named_parameters()
+        if any(word in name for word in connection.parts[part])
+    ]
+    if not held:
+        names = ", ".join(sorted({connection.name for connection in connections}))
+        raise ValueError(f"connection_freeze={part!r} needs connections with parameters, {names} has none")
+    for parameter in held:
+        parameter.requires_grad_(False)

@@ -20,12 +20,14 @@ KINDS = ("shc", "dhc", "sfc", "dfc")
 RATES = (1, 2, 3, 4, 8)
 DIM = 24  # every rate divides it
 FOUR = ("shc2", "dhc2", "sfc2", "dfc2")
-EVERY = (*FOUR, "mhc2", "ihc2", "ghc2x3", "sihc2", "gr2")
+EVERY = (*FOUR, "mhc2", "ihc2", "ghc2x3", "sihc2", "gr2", "oru", "laurel")
 STEPS = {  # of kinds that have some of their own
     "mhc2": ("read_streams", "depth_connection"),
     "ihc2": ("read_streams", "depth_connection"),
     "sihc2": ("read_channels", "write_channels"),
     "gr2": ("read_gated", "depth_connection"),
+    "oru": ("read_whole", "update_orthogonal"),
+    "laurel": ("read_low_rank", "update_low_rank"),
 }
 DYNAMIC = ("dhc2", "dfc2")
 
@@ -147,7 +149,7 @@ def test_weights(kind, rate):
 def test_derivatives(name, options):
     """First and second derivatives against finite differences, in forward mode and in batches too."""
     connection = random_connection(name, 4, **options)
-    names, values = zip(*connection.named_parameters(), strict=True)
+    names, values = [*dict(connection.named_parameters())], [*connection.parameters()]
 
     def run(x, *values):
         return functional_call(connection, dict(zip(names, values, strict=True)), (x, lambda v: v.sin() * v))
@@ -343,6 +345,7 @@ def test_no_weight_decay(name):
         "mhc2": {"phi_pre", "phi_post", "phi_res"},
         "ihc2": {"phi_pre", "phi_post"},
         "gr2": {"gate_down", "gate_up", "write_fn"},
+        "laurel": {"low_rank_a", "low_rank_b"},
     }
     assert decayed == others.get(name, {"dynamic_alpha_fn", "dynamic_beta_fn"} if name[0] in "dg" else set())
     assert connection.no_weight_decay() <= {key for key, _ in connection.named_parameters()}
@@ -462,7 +465,7 @@ def test_drop_path(name):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", ["shc2", "dhc2", "dhc4", "sfc2", "dfc2", "dfc4", "sihc2", "sihc4", "gr2"])
+@pytest.mark.parametrize("name", ["shc2", "dhc2", "dhc4", "sfc2", "dfc2", "dfc4", "sihc2", "sihc4", "gr2", "laurel"])
 def test_autocast_at_init(name, dtype):
     """Under bf16 autocast a connection at init is the residual add bit for bit, on every stream."""
     torch.manual_seed(0)
@@ -609,7 +612,8 @@ def test_empty(name, shape):
     out = connection(x, torch.tanh)
     assert out.shape == x.shape
     places = (*shape[:1], *(1 for _ in shape[1:]), DIM) if name == "sihc2" else shape  # the same for all tokens
-    assert [tuple(w.shape) for w in connection.weights(x)] == [
+    weights = [] if name == "oru" else connection.weights(x)  # there they depend on the branch output
+    assert not weights or [tuple(w.shape) for w in weights] == [
         (*places, connection.streams, connection.views + connection.streams),
         (*places, connection.streams, *((connection.views,) if name == "ghc2x3" else ())),
     ]
@@ -745,7 +749,7 @@ def test_vmap(name):
 @pytest.mark.parametrize(
     ("name", "backend"),
     [("shc2", "aot_eager"), ("dhc2", "inductor"), ("sfc2", "aot_eager"), ("dfc2", "inductor")]
-    + [(name, "aot_eager") for name in ("sihc2", "gr2")],
+    + [(name, "aot_eager") for name in ("sihc2", "gr2", "oru", "laurel")],
 )
 def test_compile(name, backend):
     """torch.compile in one graph, forward and backward."""
@@ -810,6 +814,8 @@ def test_unknown_option(options):
         ("ihc8", ("ihc", 8)),
         ("ghc2x3", ("ghc", (2, 3))),
         ("sihc16", ("sihc", 16)),
+        ("oru", ("oru", 1)),
+        ("laurel", ("laurel", 1)),
     ],
 )
 def test_parse(name, parsed):
@@ -840,12 +846,13 @@ def test_parse(name, parsed):
         "ghc0x3",
         "ghc2x03",
         "mhc",
+        "oru1",
+        "laurel2x3",
     ],
 )
 def test_parse_errors(name):
-    with pytest.raises(
-        ValueError, match="connection must be 'residual' or one of shc, dhc, sfc, dfc, mhc, ihc, sihc, gr followed"
-    ):
+    message = "must be 'residual', 'oru', 'laurel' or one of shc, dhc, sfc, dfc, mhc, ihc, sihc, gr followed by a rate"
+    with pytest.raises(ValueError, match=message):
         parse_connection(name)
 
 

@@ -1,9 +1,15 @@
 """hcvision.connections: rivals of Hyper-Connections are what their papers write down, from the formulas alone."""
 
+import warnings
+
 import pytest
+import timm
 import torch
 
+import hcvision
 from hcvision.connections.names import build_connection
+from hcvision.connections.orthogonal import OrthogonalConnection
+from hcvision.training.connections import freeze_connections
 
 DIM = 24
 
@@ -39,7 +45,19 @@ def gated(connection, p, x, branch):
     return torch.cat([streams[i] + write[..., i, None] * out for i in range(n)], dim=-1)
 
 
-WRITTEN = {"sihc2": channelwise, "sihc3": channelwise, "gr1": gated, "gr3": gated}
+def orthogonal(connection, p, x, branch):
+    """ORU: of the branch output what is at right angles to x, token by token."""
+    out = branch(x)
+    return x + out - torch.einsum("...c,...c->...", x, out)[..., None] / (x.pow(2).sum(-1, keepdim=True) + 1e-6) * x
+
+
+def laurel(connection, p, x, branch):
+    """LAuReL eq. 5."""
+    alpha, beta = (2 / (1 + torch.exp(-p[f"logit_{name}"])) for name in ("alpha", "beta"))
+    return alpha * branch(x) + beta * (torch.einsum("dr,re,...e->...d", p["low_rank_b"], p["low_rank_a"], x) + x)
+
+
+WRITTEN = {"sihc2": channelwise, "sihc3": channelwise, "gr1": gated, "gr3": gated, "oru": orthogonal, "laurel": laurel}
 
 
 @pytest.mark.parametrize("tokens", [(), (2, 3)], ids=str)
@@ -63,7 +81,7 @@ def test_papers(name, tokens):
 # at init
 
 
-@pytest.mark.parametrize("name", ["sihc2", "sihc3", "sihc8", "gr2", "gr3"])
+@pytest.mark.parametrize("name", ["sihc2", "sihc3", "sihc8", "gr2", "gr3", "laurel"])
 def test_at_init_they_are_the_residual_add(name):
     """To the bit, in every sub-layer and for all streams; each sub-layer reads another stream."""
     for k in range(4):
@@ -83,6 +101,49 @@ def test_parameters():
     }
 
 
+def test_an_orthogonal_update():
+    """What is added has no part along x, however large or small; at x = 0 the output is added as it is."""
+    connection, x = build_connection("oru", DIM), torch.randn(4, DIM, dtype=torch.float64)
+    added = connection(x, lambda v: 3 * v.roll(1, -1) + v) - x
+    assert ((added * x).sum(-1) / added.norm(dim=-1) / x.norm(dim=-1)).abs().max() < 1e-6
+    assert torch.equal(connection(torch.zeros(2, DIM), lambda v: v + 1), torch.ones(2, DIM))
+    with pytest.raises(ValueError, match="the weights of oru depend on the branch output"):
+        connection.weights(x)
+    with pytest.raises(ValueError, match="oru has one stream, got rate=2"):
+        OrthogonalConnection(DIM, 2)
+
+
+def test_conversion_to_another_function_warns():
+    """In one line; a model that computed nothing before is made without, and pretrained weights are not."""
+    model = timm.create_model("vit_tiny_patch16_224", depth=1, img_size=32, num_classes=0)
+    message = "^oru is not the residual add at the start: what this VisionTransformer computes changes$"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        timm.create_model("vit_tiny_patch16_224_oru", depth=1, img_size=32)
+        assert hcvision.register("deit_tiny_patch16_224", "oru", "laurel") == [
+            "deit_tiny_patch16_224_oru",
+            "deit_tiny_patch16_224_laurel",
+        ]
+    with pytest.warns(UserWarning, match=message):
+        hcvision.convert(model, "oru")
+    with pytest.raises(ValueError, match="connection1 of a Block is no residual add at any values, and taking it away"):
+        hcvision.convert(model, "residual")
+    with pytest.raises(ValueError, match="connection_freeze='depth' needs connections with parameters, oru has none"):
+        freeze_connections(model, "depth")
+    assert hcvision.set_stream_dtype(model.bfloat16(), "float32")(torch.randn(1, 3, 32, 32).bfloat16()).dtype == (
+        torch.bfloat16
+    )
+
+
+def test_low_rank_at_init():
+    """The paper's footnote: 1 / sqrt(r D) where i mod r = j, so that the rows of A are orthogonal; B is zero."""
+    connection = build_connection("laurel", 40)
+    expected = [[(16 * 40) ** -0.5 if i % 16 == j else 0.0 for i in range(40)] for j in range(16)]
+    torch.testing.assert_close(connection.low_rank_a.detach(), torch.tensor(expected), rtol=1e-6, atol=0)
+    assert not connection.low_rank_b.any()
+    assert build_connection("laurel", 8).low_rank_a.shape == (8, 8)
+
+
 def test_gates_start_somewhere():
     """What makes the gates is drawn from a seed of its own: another one in each sub-layer, PyTorch's is left alone."""
     state = torch.random.get_rng_state()
@@ -99,7 +160,7 @@ def test_gates_start_somewhere():
     }
 
 
-@pytest.mark.parametrize("name", ["gr3", "sihc3"])
+@pytest.mark.parametrize("name", ["gr3", "sihc3", "oru", "laurel"])
 def test_backward_keeps_the_streams_and_the_output(name):
     """Nothing else of their size: gates are computed again."""
     connection = random_connection(name, 256, dtype=torch.float32)
@@ -116,11 +177,12 @@ def test_backward_keeps_the_streams_and_the_output(name):
         connection.depth_connection(out, carried)
     for tensor in (x, out, *connection.parameters()):
         saved.pop(tensor.untyped_storage().data_ptr(), None)
-    made = 4 * sum(p.numel() for key, p in connection.named_parameters() if key in ("gate_down", "write_fn"))  # one
+    joined = ("gate_down", "write_fn", "low_rank_a", "low_rank_b")  # copied into one tensor
+    made = 4 * sum(p.numel() for key, p in connection.named_parameters() if key in joined)
     assert sum(saved.values()) - made < 0.1 * x.untyped_storage().nbytes()
 
 
-@pytest.mark.parametrize("name", ["sihc4", "gr2"])
+@pytest.mark.parametrize("name", ["sihc4", "gr2", "oru", "laurel"])
 def test_no_kernels(name):
     with pytest.raises(ValueError, match=f"backend='native' has no kernels for {name}; backend='auto' takes PyTorch"):
         build_connection(name, DIM, backend="native")

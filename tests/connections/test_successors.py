@@ -20,8 +20,8 @@ from hcvision.training.connections import choose_backend, freeze_connections
 
 DIM = 24
 THREE = ("mhc4", "ihc4", "ghc2x3")
-EVERY = (*THREE, "sihc4", "gr4")
-EXACT = ("ghc2x3", "sihc4", "gr4")  # converted models are what they were, to the bit
+EVERY = (*THREE, "sihc4", "gr4", "oru", "laurel")
+EXACT = ("ghc2x3", "sihc4", "gr4", "laurel")  # converted models are what they were, to the bit
 MANIFOLD = ("mhc2", "mhc3", "mhc4", "ihc2", "ihc4")
 GENERAL = ("ghc1x2", "ghc2x3", "ghc2x4", "ghc3x4", "ghc4x6")
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3, "num_classes": 10}
@@ -329,6 +329,8 @@ def test_convert(family, name):
     ours, _ = build(family, name)
     if name in EXACT:
         assert torch.equal(ours(*inputs), plain(*inputs))
+    elif name == "oru":
+        assert not torch.equal(ours(*inputs), plain(*inputs))
     elif name != "ghc2x4":
         torch.testing.assert_close(ours(*inputs), plain(*inputs), rtol=1e-5, atol=2e-5)
     elif family == "swin":  # a normalised stage is another model; behind the last block of the others a norm follows
@@ -345,9 +347,11 @@ def test_convert(family, name):
     assert not [key for key in missing if ".connection" in key], missing
     exits = [key for key in ours.state_dict() if key.endswith("exit.weight")]
     assert len(exits) == (0 if name[:3] != "ghc" else 2 if family == "swin" else 1)
-    with pytest.raises(ValueError, match="no residual add any more"):
+    with pytest.raises(ValueError, match=r"no residual add (any more|at any values)"):
         hcvision.convert(ours, "residual")
     back, _ = build(family, name)
+    if name == "oru":
+        return
     hcvision.convert(back, "residual")
     assert torch.equal(back(*inputs), plain(*inputs))
     assert not any(isinstance(block, ConnectedBlock) for block in back.modules())
@@ -367,7 +371,7 @@ def test_taps_and_cut_models(name):
     plain, (images,) = build("vit")
     ours, _ = build("vit", name)
     for a, b in zip(*(m.forward_intermediates(images, intermediates_only=True) for m in (ours, plain)), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=2e-5)
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=0.5 if name == "oru" else 2e-5)
     randomize(ours)
     streams = []
     hook = ours.blocks[0].register_forward_hook(lambda module, arguments, output: streams.append(output))

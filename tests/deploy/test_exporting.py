@@ -40,7 +40,8 @@ def files(image_folder):
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the exporter
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 @pytest.mark.parametrize(
-    "connection", ["residual", "shc2", "dhc4", "sfc2", "dfc2", "mhc4", "ihc4", "ghc2x3", "sihc4", "gr4"]
+    "connection",
+    ["residual", "shc2", "dhc4", "sfc2", "dfc2", "mhc4", "ihc4", "ghc2x3", "sihc4", "gr4", "oru", "laurel"],
 )
 def test_traced_onnx(connection, tmp_path):
     """torch.onnx.export with dynamo=False, as recipes for TensorRT have it: a file for batches of any size."""

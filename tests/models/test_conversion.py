@@ -434,7 +434,7 @@ JACOBIANS = {
 @pytest.mark.parametrize("way", JACOBIANS)
 @pytest.mark.parametrize(
     ("connection", "backend"),
-    [(connection, "auto") for connection in (*FOUR, "mhc4", "ihc4", "ghc2x3", "sihc4", "gr4")]
+    [(connection, "auto") for connection in (*FOUR, "mhc4", "ihc4", "ghc2x3", "sihc4", "gr4", "oru", "laurel")]
     + [("dhc2", "torch"), ("dhc2", "native"), ("mhc4", "native")],
 )
 def test_jacobians(connection, backend, way, recompute):
@@ -464,7 +464,7 @@ def expected_calls(model, x):
     return calls
 
 
-@pytest.mark.parametrize("connection", [*FOUR, "mhc4", "ihc4", "ghc2x3", "sihc4", "gr4"])
+@pytest.mark.parametrize("connection", [*FOUR, "mhc4", "ihc4", "ghc2x3", "sihc4", "gr4", "oru", "laurel"])
 def test_hooks(connection):
     """Hooks of a connection get the streams before and behind its sub-layer and their gradients; values stay."""
     model, x = randomize(vit(connection, torch.float64)), images(dtype=torch.float64)

@@ -236,7 +236,9 @@ def test_ways_to_run(connection):
     assert ours.bfloat16()(x.bfloat16(), t, y).dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("connection", ["residual", "dhc2", "dfc2", "mhc4", "ihc4", "ghc2x3", "sihc4", "gr4"])
+@pytest.mark.parametrize(
+    "connection", ["residual", "dhc2", "dfc2", "mhc4", "ihc4", "ghc2x3", "sihc4", "gr4", "oru", "laurel"]
+)
 def test_forward_mode(connection):
     """The derivative along x and t, which MeanFlow trains on, is that of one backward after the other."""
     model, (x, t, y) = build(depth=1), inputs(batch=1)

@@ -42,7 +42,9 @@ def test_at_the_initial_values_a_block_is_removed(connection, tiny):
     torch.testing.assert_close(connected(images), residual(images), rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("connection", ["residual", "dhc2", "shc3", "dfc3", "mhc2", "ihc2", "ghc2x3", "sihc2", "gr2"])
+@pytest.mark.parametrize(
+    "connection", ["residual", "dhc2", "shc3", "dfc3", "mhc2", "ihc2", "ghc2x3", "sihc2", "gr2", "oru", "laurel"]
+)
 @torch.no_grad()
 def test_trained_streams_are_still_mixed(connection, tiny):
     """As with the last layer of each branch at zero, whatever the connections have become."""

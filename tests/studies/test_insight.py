@@ -50,7 +50,7 @@ def passages(model, x):
 
 
 KINDS = ["shc1", "shc2", "dhc2", "dhc3", "dhc4", "sfc2", "dfc2", "dfc3", "residual", "half dhc3", "half dfc2"]
-KINDS += ["mhc4", "ihc3", "ghc2x3", "ghc3x4"]
+KINDS += ["mhc4", "ihc3", "ghc2x3", "ghc3x4", "oru", "half oru"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -105,6 +105,24 @@ def test_the_matrix_of_weights_by_channel(kind, tiny):
     rebuilt = torch.einsum("bnekj,bnje->bnke", each, sources)
     assert (rebuilt[:, :, :-1] - inputs).abs().max() < 1e-12 * inputs.abs().max()
     torch.testing.assert_close(unfolded_matrix(model, images()), each.mean((0, 1, 2)), rtol=0, atol=1e-12)
+
+
+def test_the_matrix_of_laurel(tiny):
+    """Products of the paper's alpha and beta; a low-rank map that is a multiple of the identity is all of it shown."""
+    model = build("laurel", tiny)
+    layers = [module for module in model.modules() if isinstance(module, Connection)]
+    factors = torch.rand(len(layers), dtype=torch.float64)
+    with torch.no_grad():
+        for layer, factor in zip(layers, factors, strict=True):  # of rank 16, 3 times factor in 16 of 48 channels
+            layer.low_rank_a.copy_(torch.eye(16, 48))
+            layer.low_rank_b.copy_(3 * factor * torch.eye(48, 16, dtype=torch.float64))
+    alpha, beta = (torch.cat([2 * getattr(one, f"logit_{n}").sigmoid() for one in layers]) for n in ("alpha", "beta"))
+    expected = torch.zeros(7, 7, dtype=torch.float64)
+    for k in range(7):
+        for j in range(k + 1):
+            kept = (beta * (1 + factors))[j:k].prod()
+            expected[k, j] = kept * (alpha[j - 1] if j else 1)
+    torch.testing.assert_close(unfolded_matrix(model, images(1)), expected.detach(), rtol=1e-12, atol=1e-12)
 
 
 def test_static_weights_by_the_formula_of_the_paper(tiny):
