@@ -37,7 +37,7 @@ from hcvision.connections.generalized import GeneralizedConnection
 from hcvision.connections.hyper import HyperConnection
 from hcvision.connections.identity import IdentityConnection
 from hcvision.connections.manifold import ITERATIONS, ManifoldConnection
-from hcvision.connections.names import KINDS, NAMES, build_connection, parse_connection
+from hcvision.connections.names import KINDS, NAMES, TIMED, build_connection, parse_connection
 from hcvision.connections.streams import BACKENDS, StreamConnection
 
 __all__ = [
@@ -45,6 +45,7 @@ __all__ = [
     "ITERATIONS",
     "KINDS",
     "NAMES",
+    "TIMED",
     "Connection",
     "FracConnection",
     "GeneralizedConnection",

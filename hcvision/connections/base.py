@@ -1,7 +1,7 @@
 """The seam: what a connection is, and the residual add as one."""
 
 from collections.abc import Callable
-from typing import Any, Tuple
+from typing import Any, Optional, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -54,6 +54,7 @@ class Connection(nn.Module):
         x: Tensor,
         branch: Callable[[Tensor], Tensor],
         carry: Callable[[Tensor], Tensor] | None = None,
+        time: Tensor | None = None,
     ) -> Tensor:
         """Do what ``x + branch(x)`` did, or ``carry(x) + branch(x)``.
 
@@ -61,6 +62,7 @@ class Connection(nn.Module):
             x: the streams, (..., S*E).
             branch: the sub-layer with its pre-norm, (..., V*E) -> (..., V*E).
             carry: what the add does to x itself, (..., S*E) -> (..., S*E); see the method of that name.
+            time: embeddings of the images' times, (B, D), for connections that see them.
 
         Returns:
             The next streams, (..., S*E), in the dtype of x.
@@ -68,7 +70,7 @@ class Connection(nn.Module):
         Raises:
             ValueError: x is not S*E wide, or the branch returned another shape than it was given.
         """
-        branch_input, carried = self.width_connection(x)
+        branch_input, carried = self.width_connection(x, time)
         if carry is not None:
             carried = self.carry(carry(x), carried)
         return self.depth_connection(branch(branch_input), carried)
@@ -86,7 +88,7 @@ class Connection(nn.Module):
         """Names of the parameters that must not decay: it would erode A_r, which starts as I."""
         return {name for name, _ in self.named_parameters() if name in self.undecayed}
 
-    def width_connection(self, x: Tensor) -> Tuple[Tensor, Any]:
+    def width_connection(self, x: Tensor, time: Optional[Tensor] = None) -> Tuple[Tensor, Any]:
         raise NotImplementedError
 
     def depth_connection(self, branch_output: Tensor, carried: Any) -> Tensor:
@@ -95,7 +97,7 @@ class Connection(nn.Module):
     def carry(self, x: Tensor, carried: Any) -> Any:
         raise NotImplementedError
 
-    def join(self, branch_output: Tensor, carried: Any) -> Tuple[Tensor, Any]:
+    def join(self, branch_output: Tensor, carried: Any, time: Optional[Tensor] = None) -> Tuple[Tensor, Any]:
         raise NotImplementedError
 
 
@@ -110,7 +112,7 @@ class Residual(Connection):
         beta = torch.ones_like(layout.split_streams(x, 1, self.dim)[..., 0])
         return torch.stack([beta, beta], dim=-1), beta
 
-    def width_connection(self, x: Tensor) -> Tuple[Tensor, Tensor]:
+    def width_connection(self, x: Tensor, time: Optional[Tensor] = None) -> Tuple[Tensor, Tensor]:
         """The branch input is x, and x is carried."""
         x = layout.split_streams(x, 1, self.dim).squeeze(-2)
         return x, x
@@ -123,7 +125,7 @@ class Residual(Connection):
         """x."""
         return layout.split_streams(x, 1, self.dim).squeeze(-2)
 
-    def join(self, branch_output: Tensor, carried: Tensor) -> Tuple[Tensor, Tensor]:
+    def join(self, branch_output: Tensor, carried: Tensor, time: Optional[Tensor] = None) -> Tuple[Tensor, Tensor]:
         """The add of the sub-layer before, and what this one reads."""
         return self.width_connection(self.depth_connection(branch_output, carried))
 

@@ -29,6 +29,8 @@ class FracConnection(MixingConnection):
         tanh: squash the dynamic part.
         norm: normalise the streams before the dynamic projection.
         backend: ``torch``, ``triton``, ``native`` or ``auto``; see ``HyperConnection``.
+        time_dim: width D of a time embedding that the coefficients see too; see ``TimeTerm``. The read then runs in
+            PyTorch, and the write in a kernel where it can. None for none.
 
     Raises:
         ValueError: rate < 1, layer_index < 0, a dim that the rate does not divide, an unknown backend.
@@ -46,13 +48,14 @@ class FracConnection(MixingConnection):
         tanh: bool = True,
         norm: bool = True,
         backend: str = "auto",
+        time_dim: int | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
         check_count("rate", rate, 1)
         check_count("layer_index", layer_index, 0)
         check_fractions(dim, rate)
-        super().__init__(dim, rate, rate, layer_index, dynamic, tanh, norm, backend, device, dtype)
+        super().__init__(dim, rate, rate, layer_index, dynamic, tanh, norm, backend, device, dtype, time_dim=time_dim)
         self.reset_parameters()
 
     @property

@@ -37,6 +37,8 @@ class HyperConnection(MixingConnection):
         backend: ``torch``; the kernels (``connections/kernels/``), which raise where they cannot run: ``triton`` on a
             GPU, ``native`` on a CPU, for float32, where there is a C compiler; or ``auto``, which takes them for
             tensors that they can take.
+        time_dim: width D of a time embedding that the coefficients see too; see ``TimeTerm``. The read then runs in
+            PyTorch, and the write in a kernel where it can. None for none.
 
     Raises:
         ValueError: rate < 1, layer_index < 0, an unknown arrangement or backend.
@@ -53,6 +55,7 @@ class HyperConnection(MixingConnection):
         norm: bool = True,
         arrangement: str = "sequential",
         backend: str = "auto",
+        time_dim: int | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
@@ -60,7 +63,7 @@ class HyperConnection(MixingConnection):
         check_count("layer_index", layer_index, 0)
         if arrangement not in ARRANGEMENTS:
             raise ValueError(f"arrangement must be one of {', '.join(ARRANGEMENTS)}, got {arrangement!r}")
-        super().__init__(dim, rate, 1, layer_index, dynamic, tanh, norm, backend, device, dtype)
+        super().__init__(dim, rate, 1, layer_index, dynamic, tanh, norm, backend, device, dtype, time_dim=time_dim)
         self.arrangement = arrangement
         self.reset_parameters()
 

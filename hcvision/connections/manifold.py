@@ -1,6 +1,6 @@
 """Manifold-constrained Hyper-Connections (mHC, arXiv 2512.24880): a doubly stochastic mixing matrix."""
 
-from typing import TYPE_CHECKING, Any, List, Tuple
+from typing import TYPE_CHECKING, Any, List, Optional, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +39,7 @@ class ManifoldConnection(StreamConnection):
         layer_index: k, counted from 0 over sub-layers.
         backend: ``auto``, ``torch``, ``triton`` or ``native``, in which the write is a kernel, or an error; see
             ``HyperConnection``.
+        time_dim: width D of a time embedding that the coefficients see too, None for none; see ``TimeTerm``.
 
     Raises:
         ValueError: rate < 2 (sigmoid < 1 cannot read all of one stream), layer_index < 0, an unknown backend.
@@ -59,6 +60,7 @@ class ManifoldConnection(StreamConnection):
         layer_index: int = 0,
         *,
         backend: str = "auto",
+        time_dim: int | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
@@ -70,6 +72,7 @@ class ManifoldConnection(StreamConnection):
         for what, shape in shapes.items():
             for part, size in sizes.items():
                 setattr(self, f"{what}_{part}", nn.Parameter(torch.empty(shape(size), device=device, dtype=dtype)))
+        self.add_time_term(time_dim, sizes, device, dtype)
         self.reset_parameters()
 
     @property
@@ -106,15 +109,25 @@ class ManifoldConnection(StreamConnection):
         alpha, beta = manifold_weights(streams, phi, scale, bias)
         return steps.read_streams(streams, alpha, beta, 1)
 
+    @torch.jit.ignore
+    def read_timed(self, streams: Tensor, terms: Tensor) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """See ``StreamConnection``; the terms are added to the biases."""
+        phi, scale, bias = self.rule()
+        alpha, beta = manifold_weights(streams, phi, scale, bias, terms)
+        return steps.read_streams(streams, alpha, beta, 1)
+
     def extra_repr(self) -> str:
         return f"dim={self.dim}, rate={self.rate}, layer_index={self.layer_index}"
 
 
 @torch.fx.wrap
 def manifold_weights(
-    streams: Tensor, phi: List[Tensor], scale: List[Tensor], bias: List[Tensor]
+    streams: Tensor, phi: List[Tensor], scale: List[Tensor], bias: List[Tensor], terms: Optional[Tensor] = None
 ) -> Tuple[Tensor, Tensor]:
-    """alpha (..., S, 1+S) and beta (..., S) of streams (..., S, E), or alpha (..., S) if there is no third of each."""
+    """alpha (..., S, 1+S) and beta (..., S) of streams (..., S, E), or alpha (..., S) if there is no third of each.
+
+    Terms (B, 1, ..., K) are added to the biases.
+    """
     dtype = torch.promote_types(streams.dtype, torch.float32)
     count = streams.shape[-2]
     x, rows = streams.flatten(-2), torch.cat([part.transpose(-1, -2) for part in phi]).to(dtype)
@@ -124,6 +137,8 @@ def manifold_weights(
         projected = steps.project(x, rows)
     scales = torch.cat([s.expand(b.shape[0]) for s, b in zip(scale, bias, strict=True)]).to(dtype)
     logits = torch.addcmul(torch.cat(bias).to(dtype), scales, projected)
+    if terms is not None:
+        logits = logits + terms
     read, write = logits[..., :count].sigmoid(), 2 * logits[..., count : 2 * count].sigmoid()
     if len(phi) == 2:
         return read, write

@@ -32,6 +32,7 @@ BUILDERS: dict[str, Callable[..., Connection]] = {  # by kind, called with dim, 
 KINDS = tuple(BUILDERS)
 ALONE = ("oru", "laurel")  # kinds that have no rate
 SUCCESSORS = ("mhc4", "ihc4", "ghc2x3", "sihc4", "gr4", "oru", "laurel")
+TIMED = ("shc", "dhc", "sfc", "dfc", "mhc", "ihc")  # those that can see the time of a diffusion model
 NAMES = (*(f"{kind}{rate}" for kind in KINDS[:4] for rate in (2, 4, 8)), *SUCCESSORS)  # timm names end so
 
 

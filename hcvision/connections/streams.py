@@ -5,8 +5,9 @@ from typing import Any, Optional, Tuple
 import torch
 from torch import Tensor, nn
 
-from hcvision.connections import layout, recomputation, reference, steps
-from hcvision.connections.base import Connection
+from hcvision.connections import layout, recomputation, reference, steps, timing
+from hcvision.connections.base import Connection, check_count
+from hcvision.connections.timing import TimeTerm
 
 BACKENDS = ("auto", "torch", "triton", "native")
 
@@ -35,6 +36,7 @@ class StreamConnection(Connection):
         self.recompute = False  # the streams that are read are computed again in backward; see ``recompute_streams``
         self.records = False  # and those that are written: how they can be goes with them
         self.stream_dtype = None
+        self.time = False  # whether the coefficients see the time of a diffusion model too, by a ``TimeTerm``
         self.backend = "auto"
         self.choose_backend(backend)
 
@@ -42,6 +44,13 @@ class StreamConnection(Connection):
     def name(self) -> str:
         """The name that ``build_connection`` makes such a connection from."""
         raise NotImplementedError
+
+    def add_time_term(self, dim: int | None, sizes: dict[str, int], device: Any, dtype: Any) -> None:
+        """Have the coefficients see time embeddings of ``dim`` numbers, or none (None); see ``TimeTerm``."""
+        if dim is not None:
+            check_count("time_dim", dim, 1)
+            self.time_term = TimeTerm(dim, sizes, device, dtype)
+        self.time = dim is not None
 
     @torch.jit.ignore
     def choose_backend(self, backend: str) -> None:
@@ -60,6 +69,19 @@ class StreamConnection(Connection):
         """Streams (..., S, E) -> the branch input (..., V*E), and the carried streams in four parts."""
         raise NotImplementedError
 
+    def read_at(self, streams: Tensor, time: Optional[Tensor]) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """``read``, with the embedded times (B, D) of the images where the connection sees them and they are given."""
+        if torch.jit.is_scripting():
+            pass
+        elif self.time and time is not None:
+            return self.read_timed(streams, self.time_term(time, streams))
+        return self.read(streams)
+
+    @torch.jit.ignore
+    def read_timed(self, streams: Tensor, terms: Tensor) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """``read`` with the terms (B, 1, ..., K) of the images' times; see ``TimeTerm``."""
+        raise NotImplementedError
+
     def parameter_dtype(self) -> torch.dtype:
         """The type of the parameters, which is that of the model."""
         raise NotImplementedError
@@ -68,11 +90,12 @@ class StreamConnection(Connection):
         """The branch input in the type of the model, where streams are stored in another."""
         return view if self.stream_dtype is None else view.to(self.parameter_dtype())
 
-    def weights(self, x: Tensor) -> Tuple[Tensor, Tensor]:
+    def weights(self, x: Tensor, time: Optional[Tensor] = None) -> Tuple[Tensor, Tensor]:
         """What the connection does with x, in float32 at least.
 
         Args:
             x: the streams, (..., S*E).
+            time: embeddings of the images' times, (B, D), for connections that see them.
 
         Returns:
             alpha (..., S, V+S): row i says how much of stream i goes into each of the V views, then
@@ -83,7 +106,7 @@ class StreamConnection(Connection):
         Raises:
             ValueError: x is not S*E wide.
         """
-        streams, alpha, beta, _ = self.width_connection(x)[1]
+        streams, alpha, beta, _ = self.width_connection(x, time)[1]
         return self.whole_weights(streams, alpha, beta, None)
 
     @torch.jit.ignore
@@ -93,11 +116,14 @@ class StreamConnection(Connection):
         """What ``weights`` returns, of what goes from step to step, and of the branch output if that is known."""
         return alpha, beta
 
-    def width_connection(self, x: Tensor) -> Tuple[Tensor, Tuple[Tensor, Tensor, Tensor, Tensor]]:
+    def width_connection(
+        self, x: Tensor, time: Optional[Tensor] = None
+    ) -> Tuple[Tensor, Tuple[Tensor, Tensor, Tensor, Tensor]]:
         """First step: the branch input, and what the second step makes the carried streams of.
 
         Args:
             x: the streams, (..., S*E).
+            time: embeddings of the images' times, (B, D), for connections that see them.
 
         Returns:
             The branch input, (..., V*E), in the dtype of x, or in that of the model where ``stream_dtype`` is set, and
@@ -113,9 +139,9 @@ class StreamConnection(Connection):
             pass
         elif self.recompute:
             with recomputation.keep_recipe(x, streams):
-                view, streams, alpha, beta, placeholder = self.read(streams)
+                view, streams, alpha, beta, placeholder = self.read_at(streams, time)
             return self.hand_over(view), (streams, alpha, beta, placeholder)
-        view, streams, alpha, beta, placeholder = self.read(streams)
+        view, streams, alpha, beta, placeholder = self.read_at(streams, time)
         return self.hand_over(view), (streams, alpha, beta, placeholder)
 
     def depth_connection(self, branch_output: Tensor, carried: Tuple[Tensor, Tensor, Tensor, Tensor]) -> Tensor:
@@ -151,13 +177,17 @@ class StreamConnection(Connection):
         return steps.depth_connection(streams, output, alpha, beta, placeholder, self.backend)
 
     def join(
-        self, branch_output: Tensor, carried: Tuple[Tensor, Tensor, Tensor, Tensor]
+        self,
+        branch_output: Tensor,
+        carried: Tuple[Tensor, Tensor, Tensor, Tensor],
+        time: Optional[Tensor] = None,
     ) -> Tuple[Tensor, Tuple[Tensor, Tensor, Tensor, Tensor]]:
         """The second step of the sub-layer before, and the first step of this one; some have kernels that do both.
 
         Args:
             branch_output: of the sub-layer before, (..., V*E).
             carried: what its ``width_connection`` returned beside the branch input.
+            time: as for ``width_connection``.
 
         Returns:
             What ``width_connection`` returns for the next streams.
@@ -165,7 +195,7 @@ class StreamConnection(Connection):
         Raises:
             ValueError: branch_output is not shaped like the branch input.
         """
-        return self.width_connection(self.write(branch_output, carried, self.recompute))
+        return self.width_connection(self.write(branch_output, carried, self.recompute), time)
 
     def carry(self, x: Tensor, carried: Tuple[Tensor, Tensor, Tensor, Tensor]) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
         """Between the steps, for blocks that scale x in their add: carry these streams, (..., S*E), instead.
@@ -197,7 +227,7 @@ class MixingConnection(StreamConnection):
 
     ``static_alpha`` (S, V+S) is the papers' [A_m | A_r], ``static_beta`` (S,) is B,
     ``dynamic_alpha_fn`` (E, V+S) is [W_m | W_r], ``dynamic_beta_fn`` (E, 1) is W_beta, and the
-    scales (1,) are s_alpha and s_beta.
+    scales (1,) are s_alpha and s_beta. With a ``time_dim`` each image's time adds to the static ones; see ``TimeTerm``.
     """
 
     __constants__ = ["mixes", "center_norm"]  # noqa: RUF012 - TorchScript
@@ -218,6 +248,7 @@ class MixingConnection(StreamConnection):
         device: torch.device | str | None,
         dtype: torch.dtype | None,
         is_general: bool = False,
+        time_dim: int | None = None,
     ):
         super().__init__(dim, rate, rate, views, layer_index, backend)
         self.dynamic, self.tanh, self.norm = dynamic, tanh, norm
@@ -234,6 +265,7 @@ class MixingConnection(StreamConnection):
         self.dynamic_alpha_scale: Any = parameter(dynamic, *((rate, mixtures) if is_general else (1,)))
         self.dynamic_beta_scale: Any = parameter(dynamic, *(beta if is_general else (1,)))
         self.norm_weight: Any = parameter(dynamic and norm and not self.center_norm, self.stream_dim)
+        self.add_time_term(time_dim, {"alpha": rate * mixtures, "beta": rate}, device, dtype)
 
     def initial_weights(self) -> tuple[Tensor, Tensor]:
         """``static_alpha`` (S, V+S) and ``static_beta`` at init, float32, on the CPU."""
@@ -252,6 +284,8 @@ class MixingConnection(StreamConnection):
             self.dynamic_beta_scale.fill_(self.first_scale)
         if self.norm_weight is not None:
             self.norm_weight.fill_(1.0)
+        if self.time:
+            self.time_term.reset_parameters()
 
     def rule(self) -> reference.Rule:
         """The parameters, for the functions below."""
@@ -277,14 +311,23 @@ class MixingConnection(StreamConnection):
         """Streams (..., S, E) -> the branch input (..., V*E), and the carried streams in four parts."""
         return steps.width_connection(streams, self.rule(), self.options())
 
+    @torch.jit.ignore
+    def read_timed(self, streams: Tensor, terms: Tensor) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """See ``StreamConnection``."""
+        alpha, beta = timing.mix_at(streams, terms, self.rule(), self.options())
+        return steps.read_streams(streams, alpha, beta, self.views)
+
     def join(
-        self, branch_output: Tensor, carried: Tuple[Tensor, Tensor, Tensor, Tensor]
+        self,
+        branch_output: Tensor,
+        carried: Tuple[Tensor, Tensor, Tensor, Tensor],
+        time: Optional[Tensor] = None,
     ) -> Tuple[Tensor, Tuple[Tensor, Tensor, Tensor, Tensor]]:
         """See ``StreamConnection``."""
         if torch.jit.is_scripting():
             pass
-        elif self.recompute:
-            return self.width_connection(self.write(branch_output, carried, True))
+        elif self.recompute or (self.time and time is not None):
+            return self.width_connection(self.write(branch_output, carried, self.recompute), time)
         streams, alpha, beta, placeholder = carried
         output = layout.split_output(branch_output, streams, self.views)
         view, streams, alpha, beta, placeholder = steps.join_connections(

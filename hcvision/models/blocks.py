@@ -35,6 +35,7 @@ class ConnectedBlock:
     """
 
     adds: int  # how many branches
+    sees_time = False  # whether a parameter ``time``, embeddings (B, D), goes to the steps of its connections
 
     entry_rate: int  # copies of x that this block enters as streams, 1 for none
     exit_rate: int  # copies that it leaves, 1 for none
@@ -73,22 +74,23 @@ def compose(mixin: type[ConnectedBlock]) -> Callable:
     numbers = range(1, mixin.adds + 1)
     hooked = " or ".join(f"has_hooks(self.connection{k})" for k in numbers)
     lines, calls = [], []
+    time = ", time" if mixin.sees_time else ""
     for k in numbers:
         own = list(inspect.signature(getattr(mixin, f"branch{k}")).parameters.values())[2:]
         extras.update((parameter.name, parameter) for parameter in own)
         arguments = ", ".join(["view", *(parameter.name for parameter in own)])
         is_joined = k < mixin.adds and not hasattr(mixin, f"carry{k + 1}")
         if k == 1 or hasattr(mixin, f"carry{k}"):
-            lines.append(f"    view, carried = self.connection{k}.width_connection(x)")
+            lines.append(f"    view, carried = self.connection{k}.width_connection(x{time})")
         if hasattr(mixin, f"carry{k}"):
             lines.append(f"    carried = self.connection{k}.carry(self.carry{k}(x), carried)")
         if is_joined:
-            lines.append(f"    view, carried = self.connection{k + 1}.join(self.branch{k}({arguments}), carried)")
+            lines.append(f"    view, carried = self.connection{k + 1}.join(self.branch{k}({arguments}), carried{time})")
         else:
             lines.append(f"    x = self.connection{k}.depth_connection(self.branch{k}({arguments}), carried)")
         branch = ", ".join([f"self.branch{k}", *(f"{parameter.name}={parameter.name}" for parameter in own)])
         carry = f", self.carry{k}" if hasattr(mixin, f"carry{k}") else ""
-        calls.append(f"    x = self.connection{k}(x, partial({branch}){carry})")
+        calls.append(f"    x = self.connection{k}(x, partial({branch}){carry}{', time=time' * mixin.sees_time})")
     leave = [
         "    if self.restores_dtype:",
         f"        x = x.to(self.connection{mixin.adds}.parameter_dtype())",
@@ -106,7 +108,8 @@ def compose(mixin: type[ConnectedBlock]) -> Callable:
         *lines,
         *leave,
     ]
-    signature = ", ".join(["self", "x: torch.Tensor", *map(str, extras.values())])
+    last = ["time: Optional[torch.Tensor] = None"] if mixin.sees_time else []
+    signature = ", ".join(["self", "x: torch.Tensor", *map(str, extras.values()), *last])
     source = f"def forward({signature}) -> torch.Tensor:\n" + "\n".join(lines) + "\n"
     scope = {"torch": torch, "Optional": Optional, "has_hooks": has_hooks, "partial": functools.partial}
     filename = f"<forward of {mixin.__module__}.{mixin.__qualname__}>"

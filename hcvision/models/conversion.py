@@ -9,7 +9,15 @@ import torch
 from timm.models._features import FeatureGetterNet
 from torch import nn
 
-from hcvision.connections import KINDS, Connection, StreamConnection, build_connection, check_count, parse_connection
+from hcvision.connections import (
+    KINDS,
+    TIMED,
+    Connection,
+    StreamConnection,
+    build_connection,
+    check_count,
+    parse_connection,
+)
 from hcvision.models.blocks import ConnectedBlock
 from hcvision.models.borders import Exit, place_borders
 from hcvision.models.connected import MIXINS, ConnectedModel
@@ -61,6 +69,7 @@ def convert(
     blocks: Blocks = None,
     recompute: int = 0,
     stream_dtype: torch.dtype | str | None = None,
+    time: bool = False,
     **options,
 ) -> nn.Module:
     """Put connections where a timm model has residual adds, in place.
@@ -79,6 +88,7 @@ def convert(
             again for other blocks with another connection.
         recompute: compute the streams again in backward, from every so many blocks; see ``recompute_streams``.
         stream_dtype: store the streams in this type; see ``set_stream_dtype``.
+        time: let the coefficients see the time embedding of a DiT too, from zero on; of HC, FC, mHC and iHC.
         **options: options of ``build_connection``: ``tanh``, ``norm``, ``arrangement``, ``backend``.
 
     Returns:
@@ -92,7 +102,8 @@ def convert(
     """
     kind, _ = parse_connection(connection)
     if isinstance(model, FeatureGetterNet):
-        convert(model.model, connection, blocks=blocks, recompute=recompute, stream_dtype=stream_dtype, **options)
+        more: dict[str, Any] = {"recompute": recompute, "stream_dtype": stream_dtype, "time": time}
+        convert(model.model, connection, blocks=blocks, **more, **options)
         return model
     candidates = [block for column in find_columns(model, find_family(model)) for block in column]
     if kind == "residual":
@@ -101,6 +112,8 @@ def convert(
             remove_connections(model, blocks)
         return model
 
+    if time and kind not in TIMED:
+        raise ValueError(f"time=True is for {', '.join(TIMED)}, got {connection}")
     grafts: list[tuple[Any, dict[str, Any]]] = []
     first = [0]  # the number of the first sub-layer of each block
     for block in candidates:
@@ -116,6 +129,9 @@ def convert(
                 f"{connection} cannot take the adds of a {own_class(block).__name__}, which scales x itself; "
                 f"{', '.join(kind for kind in KINDS if kind != 'ghc')} can"
             )
+        if time and not mixin.sees_time:
+            raise ValueError(f"time=True needs a model that embeds a time, a DiT, got a {own_class(model).__name__}")
+        options |= {"time_dim": mixin.dim(block)} if time else {}
         like = next(block.parameters())
         new: dict[str, Any] = {"channels_first": mixin.is_channels_first(block), "entry_rate": 1, "exit_rate": 1}
         new["restores_dtype"] = False
@@ -257,7 +273,7 @@ def is_residual(connection: Any) -> bool:
     )
 
 
-OPTIONS = {"tanh": True, "norm": True, "arrangement": "sequential"}
+OPTIONS = {"tanh": True, "norm": True, "arrangement": "sequential", "time": False}
 
 
 def list_conversions(model: Any) -> list[dict[str, Any]]:

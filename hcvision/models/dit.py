@@ -84,8 +84,8 @@ class DiTBlock(nn.Module):
         self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer=GELUTanh, **dd)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim, **dd))
 
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        """(B, N, D) and the condition (B, D) -> (B, N, D)."""
+    def forward(self, x: Tensor, c: Tensor, time: Tensor | None = None) -> Tensor:
+        """(B, N, D) and the condition (B, D) -> (B, N, D). The time (B, D), which c holds, is for connections."""
         x = x + self.branch1(x, c)
         return x + self.branch2(x, c)
 
@@ -107,8 +107,9 @@ def modulation(layers: nn.Sequential, c: Tensor, part: int, parts: int) -> tuple
 
 
 class ConnectedDiTBlock(ConnectedBlock):
-    """The gate belongs to the branch."""
+    """The gate belongs to the branch. Connections may see the time."""
 
+    sees_time = True
     branch1 = DiTBlock.branch1
     branch2 = DiTBlock.branch2
 
@@ -234,9 +235,13 @@ class DiT(nn.Module):
             (B, C, H, W), or (B, 2 C, H, W) with ``learn_sigma``.
         """
         x = self.x_embedder(x) + self.pos_embed  # (B, N, D)
-        c = self.t_embedder(t) + self.y_embedder(y)  # (B, D)
+        time = self.t_embedder(t)  # (B, D)
+        c = time + self.y_embedder(y)  # (B, D)
         for block in self.blocks:
-            x = checkpoint(block, x, c) if self.grad_checkpointing and not torch.jit.is_scripting() else block(x, c)
+            if self.grad_checkpointing and not torch.jit.is_scripting():
+                x = checkpoint(block, x, c, time)
+            else:
+                x = block(x, c, time)
         x = self.final_layer(x, c)  # (B, N, P*P*C)
         grid, side = self.x_embedder.grid_size, self.patch_size
         x = x.unflatten(-1, (side, side, self.out_chans)).unflatten(1, (grid[0], grid[1]))  # (B, h, w, P, P, C)

@@ -88,7 +88,7 @@ def register_name(base: str, connection: str) -> str:
 
     The new entrypoint takes what the one of ``base`` takes, and ``connection_blocks``,
     ``connection_tanh``, ``connection_norm``, ``connection_arrangement``, ``connection_backend``,
-    ``connection_recompute``, ``connection_stream_dtype`` for ``convert``.
+    ``connection_recompute``, ``connection_stream_dtype``, ``connection_time`` for ``convert``.
     ``connection_more`` is a list of further calls of ``convert``, each a dict of its arguments.
 
     Raises:
@@ -265,7 +265,7 @@ def create_model(name: str, connection: str | None = None, *, pretrained: bool =
             folder brings them.
         **kwargs: everything ``timm.create_model`` takes, and ``connection_blocks``,
             ``connection_tanh``, ``connection_norm``, ``connection_arrangement``, ``connection_backend``,
-            ``connection_recompute``, ``connection_stream_dtype`` for ``convert``.
+            ``connection_recompute``, ``connection_stream_dtype``, ``connection_time`` for ``convert``.
 
     Raises:
         ValueError: an unknown connection, or a model that cannot be converted.

@@ -255,6 +255,85 @@ def test_forward_mode(connection):
     torch.testing.assert_close(along, expected, rtol=1e-9, atol=1e-12)
 
 
+# the time, seen by connections
+
+
+@pytest.mark.parametrize("connection", ["dhc2", "dfc2", "mhc4", "ihc4"])
+def test_time_starts_as_the_residual_model(connection):
+    plain, (x, t, y) = build(), inputs()
+    expected = plain(x, t, y)
+    found = convert(copy.deepcopy(plain), connection, time=True)(x, t, y)
+    if connection == "dfc2":
+        assert torch.equal(found, expected)
+    torch.testing.assert_close(found, expected, rtol=1e-4 if connection == "mhc4" else 1e-10, atol=1e-6)
+    low = convert(copy.deepcopy(plain).float(), connection, time=True)
+    if connection in ("dhc2", "dfc2"):
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(low(x.float(), t, y), copy.deepcopy(plain).float()(x.float(), t, y))
+
+
+def test_connections_see_the_time_and_not_the_class():
+    """Coefficients of two images differ by their times alone; their number is said by the docstring."""
+    model, (x, _, _) = randomize(convert(build(), "shc2", time=True)), inputs()
+    count = sum(p.numel() for n, p in model.named_parameters() if "time_term" in n)
+    assert count == 2 * 3 * 48 * 2 * 4  # sub-layers, D, n (n + 2)
+    seen = []
+    for block in model.blocks:
+        for connection in (block.connection1, block.connection2):
+            read = connection.read_timed
+            connection.read_timed = lambda s, terms, read=read: (seen.append(terms.flatten(1)), read(s, terms))[1]
+    model(x, torch.tensor([5, 5, 900]), torch.tensor([0, 3, 3]))
+    assert len(seen) == 6
+    for terms in seen:
+        assert torch.equal(terms[0], terms[1])
+        assert (terms[2] - terms[1]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("connection", ["dhc2", "mhc2"])
+def test_ways_to_run_with_the_time(connection):
+    """Hooks, torch.compile, checkpointed gradients, streams computed again: the same values and gradients."""
+    model, (x, t, y) = randomize(convert(build(), connection, time=True)), inputs()
+
+    def run(one):
+        model.zero_grad()
+        out = one(x, t, y)
+        out.square().sum().backward()
+        return [out.detach(), *(p.grad.clone() for p in model.parameters() if p.requires_grad)]
+
+    expected = run(model)
+    assert all(part.abs().max() > 0 for part in expected)
+    handle = model.blocks[1].connection1.register_forward_hook(lambda *_: None)
+    hooked = run(model)
+    handle.remove()
+    model.set_grad_checkpointing()
+    checkpointed = run(model)
+    model.set_grad_checkpointing(False)
+    hcvision.recompute_streams(model, 2)
+    again = run(model)
+    hcvision.recompute_streams(model, 0)
+    compiled = run(torch.compile(model, fullgraph=True, backend="aot_eager"))
+    for found in (hooked, checkpointed, again, compiled):
+        for a, b in zip(found, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-8, atol=max(1e-9 * b.abs().max().item(), 1e-12))
+
+
+def test_the_time_has_a_name(tmp_path):
+    """As an argument of timm's names, in a hub folder, and taken away again."""
+    model = randomize(timm.create_model("dit_s_patch2_256_dhc2", **TINY, connection_time=True))
+    x, t, y = inputs(torch.float32)
+    timm.models.save_for_hf(model.eval(), tmp_path, safe_serialization=True)
+    loaded = hcvision.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    assert loaded.blocks[0].connection1.time
+    assert torch.equal(loaded(x, t, y), model(x, t, y))
+    fresh = convert(build(), "dhc2", time=True)
+    convert(fresh, "residual")
+    assert fresh.state_dict().keys() == build().state_dict().keys()
+    with pytest.raises(ValueError, match="time=True is for shc, dhc, sfc, dfc, mhc, ihc, got gr2"):
+        convert(build(), "gr2", time=True)
+    with pytest.raises(ValueError, match="needs a model that embeds a time, a DiT, got a VisionTransformer"):
+        convert(timm.create_model("vit_tiny_patch16_224", depth=1), "dhc2", time=True)
+
+
 def test_hub_folder(tmp_path):
     model = randomize(hcvision.create_model("dit_tiny_patch2_pixel", "dfc3", **TINY, in_chans=4))
     x, t, y = inputs(torch.float32)

@@ -45,7 +45,7 @@ def skip_block(block: nn.Module) -> Iterator[None]:
 
 def ignore_output(step: Any) -> Any:
     """A step of a connection that takes a zero for the output of the branch."""
-    return lambda branch_output, carried: step(torch.zeros_like(branch_output), carried)
+    return lambda branch_output, carried, *time: step(torch.zeros_like(branch_output), carried, *time)
 
 
 class SkipBlocks(pl.Callback):

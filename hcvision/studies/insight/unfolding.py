@@ -89,8 +89,8 @@ def _wrap(connection: Any, previous: Any, note: Callable[[Passage], None], enter
     width, depth, size = connection.width_connection, connection.depth_connection, connection.dim // connection.views
     before: list[tuple[Tensor, Tensor]] = []
 
-    def width_connection(x: Tensor) -> Any:
-        view, carried = width(x)
+    def width_connection(x: Tensor, *time: Tensor | None) -> Any:
+        view, carried = width(x, *time)
         before.append((carried[0].flatten(-2), view))  # x in the type in which streams are stored
         return view, carried
 
@@ -106,8 +106,8 @@ def _wrap(connection: Any, previous: Any, note: Callable[[Passage], None], enter
         note(Passage(Mixing(alpha.detach(), beta.detach(), enters, leaves, by_channel), *parts))
         return after
 
-    def join(branch_output: Tensor, carried: Any) -> Any:
-        return width_connection(previous.depth_connection(branch_output, carried))
+    def join(branch_output: Tensor, carried: Any, *time: Tensor | None) -> Any:
+        return width_connection(previous.depth_connection(branch_output, carried), *time)
 
     vars(connection).update(zip(STEPS, (width_connection, depth_connection, join), strict=True))
 
