@@ -139,25 +139,46 @@ class KeptLogits:
 
 
 class Calibration(pl.Callback):
-    """In a test with one label per image: how far the probabilities are to be trusted, logged as ``test_...``.
+    """In an evaluation with one label per image: how far the probabilities are to be trusted, logged.
 
-    Of all images: ``test_ece``, the expected calibration error with 15 bins of equal width (Naeini et al., 2015; Guo et
-    al., 2017; torchmetrics' bins hold their lower edge), and ``test_brier``, the Brier score. Then a temperature is
-    fitted on one half of the images, one of each pair that follow each other by a seeded coin, and the other half is
-    scored: ``test_temperature``, ``test_half_nll`` and ``test_half_ece`` as the model is, ``test_scaled_nll`` and
-    ``test_scaled_ece`` with the temperature. The negative log-likelihood of all images is ``test_loss``.
+    As ``test_...`` in a test, as ``val_...`` in a validation. Of all images: ``ece``, the expected calibration error
+    with 15 bins of equal width (Naeini et al., 2015; Guo et al., 2017; torchmetrics' bins hold their lower edge), and
+    ``brier``, the Brier score. Then a temperature is fitted on one half of the images, one of each pair that follow
+    each other by a seeded coin, and the other half is scored: ``temperature``, ``half_nll`` and ``half_ece`` as the
+    model is, ``scaled_nll`` and ``scaled_ece`` with the temperature. The negative log-likelihood of all images is the
+    ``loss`` of the evaluation.
 
     Confidences are kept as 8 bytes per image, logits as ``KeptLogits`` says. Over processes each image counts once.
     """
 
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.begin(pl_module)
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.begin(pl_module)
+
+    def on_test_batch_end(self, trainer, pl_module, outputs: Any, batch: Any, batch_idx, dataloader_idx=0) -> None:
+        self.take(trainer, outputs)
+
+    def on_validation_batch_end(
+        self, trainer, pl_module, outputs: Any, batch: Any, batch_idx, dataloader_idx=0
+    ) -> None:
+        self.take(trainer, outputs)
+
+    def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.score(trainer, pl_module, "test")
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.score(trainer, pl_module, "val")
+
+    def begin(self, pl_module: pl.LightningModule) -> None:
         """Begin anew."""
         self.is_on = not pl_module.hparams["multi_label"]
         self.seen, self.kept = 0, KeptLogits()
         if self.is_on:
             self.ece, self.brier = make_ece(pl_module), BrierScore().to(pl_module.device)
 
-    def on_test_batch_end(self, trainer, pl_module, outputs: Any, batch: Any, batch_idx, dataloader_idx=0) -> None:
+    def take(self, trainer: pl.Trainer, outputs: Any) -> None:
         """Take in the logits (B, K) and classes (B,) of a batch."""
         if outputs is None or not self.is_on:
             return
@@ -169,13 +190,13 @@ class Calibration(pl.Callback):
         self.seen += len(targets)
         self.kept.add(numbers, logits, targets)
 
-    def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def score(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Log the scores."""
         if not self.is_on:
             return
         scores = {"ece": self.ece.compute(), "brier": self.brier.compute()} | self.scale(trainer, pl_module)
         several = trainer.world_size > 1
-        pl_module.log_dict({f"test_{name}": float(value) for name, value in scores.items()}, sync_dist=several)
+        pl_module.log_dict({f"{stage}_{name}": float(value) for name, value in scores.items()}, sync_dist=several)
 
     def scale(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Tensor]:
         """What a temperature changes, or nothing where there are too few images for two halves."""

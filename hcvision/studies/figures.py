@@ -6,7 +6,15 @@ from typing import Any
 import matplotlib
 from matplotlib.figure import Figure
 
-from hcvision.studies.statistics import Outcome, against_first, against_twins, by_variant, interval, judge
+from hcvision.studies.statistics import (
+    Outcome,
+    against_first,
+    against_twins,
+    by_variant,
+    count_comparisons,
+    interval,
+    judge,
+)
 
 COLORS = ("#444444", "#d1495b", "#00798c", "#edae49", "#66a182", "#8d5b9e", "#b5179e", "#e07a1f", "#5fa8d3", "#9c6644")
 STYLES = ("-", "--", ":")
@@ -52,7 +60,8 @@ def draw_differences(results: list[dict[str, Any]], study: Outcome) -> Figure:
 
     Below them those to variants that were trained for its time.
     """
-    metric, count = next(metric for metric in study.metrics if metric.paired), study.comparisons
+    metric = next(metric for metric in study.metrics if metric.paired)
+    count = count_comparisons(results, study)
     values = by_variant(results, study, metric.name)
     compared = against_first(values, study)
     compared |= {f"{v}, at equal time": one for v, one in against_twins(values, study).items()}

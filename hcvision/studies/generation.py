@@ -63,7 +63,7 @@ class GenerationStudy(Study):
 
     task = "generate"
     module = ImageGenerator
-    columns = ("distance", "kernel_distance", "accuracy", "score", "precision", "recall", "val_loss", "train_loss")
+    recorded = ("distance", "kernel_distance", "accuracy", "score", "precision", "recall", "val_loss", "train_loss")
     curves = (Curve("val_loss", "validation loss"), Curve("train_loss", "training loss"))
     measured = "scores and loss"
 
@@ -81,6 +81,8 @@ class GenerationStudy(Study):
         **kwargs: Any,
     ):
         super().__init__(out, **kwargs)
+        if self.columns:
+            raise ValueError(f"columns are for classification, not for --task generate, got {self.columns}")
         self.sampling, self.samples, self.sample_batch = sampling or Sampling(), samples, sample_batch
         self.real_images, self.inception, self.classifier_epochs = real_images, inception, classifier_epochs
         self.real_data = real_data or self.data

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hcvision.data import markdown, write_csv, write_whole
-from hcvision.studies.equal_time import compare_at_equal_time
+from hcvision.studies.equal_time import NONE, compare_at_equal_time
 from hcvision.studies.figures import draw_curves, draw_differences
 from hcvision.studies.statistics import (
     TOP1,
@@ -20,6 +20,7 @@ from hcvision.studies.statistics import (
     against_first,
     against_twins,
     by_variant,
+    count_comparisons,
     judge,
     number,
     show_difference,
@@ -122,14 +123,14 @@ def table(results: list[dict[str, Any]], study: Outcome) -> list[str]:
         values = by_variant(results, study, metric.name)
         column = [metric.heading]
         for variant in study.variants:
-            spread = f" ± {metric.show(statistics.stdev(values[variant]))}" if several else ""
-            column.append(metric.show(statistics.mean(values[variant])) + spread)
+            own = values.get(variant, ())
+            spread = f" ± {metric.show(statistics.stdev(own))}" if several and own else ""
+            column.append(metric.show(statistics.mean(own)) + spread if own else NONE)
         columns.append(column)
         if metric.paired and study.variants[1:]:
-            column = [f"minus {first}", ""]
-            for differences in against_first(values, study).values():
-                column.append(show_difference(differences, metric))
-            columns.append(column)
+            differences = against_first(values, study)
+            column = [show_difference(differences[v], metric) if v in differences else NONE for v in study.variants[1:]]
+            columns.append([f"minus {first}", "", *column])
     column = ["parameters"]
     for variant in study.variants:
         more = 100 * (parameters[variant] / parameters[first] - 1)
@@ -142,10 +143,10 @@ def table(results: list[dict[str, Any]], study: Outcome) -> list[str]:
 
 def findings(results: list[dict[str, Any]], study: Outcome) -> list[str]:
     """What the intervals of the metrics with pairs allow one to say, a line per kind of answer."""
-    paired = [metric for metric in study.metrics if metric.paired]
+    paired = [m for m in study.metrics if m.paired and against_first(by_variant(results, study, m.name), study)]
     if not paired or len(study.seeds) < 2 or not study.variants[1:]:
         return []
-    count = study.comparisons
+    count = count_comparisons(results, study)
     lines = []
     for metric in paired:
         compared = against_first(by_variant(results, study, metric.name), study)

@@ -4,7 +4,7 @@ import inspect
 import json
 import platform
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -65,6 +65,30 @@ def flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from flat(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
+
+
+def describe_changes(
+    variants: dict[str, dict[str, Any]], connection: Callable[[str], str], usual: dict[str, Any]
+) -> list[str]:
+    """What the variants of a study are, in a line, or nothing where they are connections alone.
+
+    Args:
+        variants: by name, what each changes.
+        connection: of a variant.
+        usual: settings of the others.
+    """
+    lines: list[str] = []
+    changed: dict[str, Any] = {}
+    for variant, changes in variants.items():
+        own = ("connection", "match_time")
+        changes_shown = [(name, value) for name, value in flat(changes) if name not in own]
+        changed |= dict(changes_shown)
+        if changes_shown:
+            what = ", ".join(f"{name} {json.dumps(value)}" for name, value in changes_shown)
+            lines.append(f"{variant} is {connection(variant)} with {what}.")
+    base = dict(flat(usual))
+    others = ", ".join(f"{name} {json.dumps(base[name])}" for name in changed if name in base)
+    return [" ".join([*lines, *([f"The others have {others}."] if others else [])])] if lines else []
 
 
 def write_yaml(path: Path, value: dict[str, Any]) -> None:

@@ -25,6 +25,7 @@ class Metric:
     paired: bool = True  # with a column of differences to the first variant
     unit: str = ""  # of a difference
     more_is_better: bool = True
+    is_optional: bool = False  # cells may be without it
 
     def show(self, value: float, sign: str = "") -> str:
         return f"{self.factor * value:{sign}z.{self.digits}f}"
@@ -67,12 +68,6 @@ class Outcome:
         for twin, about in self.matched.items():
             found.setdefault(about["variant"], twin)
         return found
-
-    @property
-    def comparisons(self) -> int:
-        """Paired differences that the report makes something of: to the first variant, and to time-matched twins."""
-        paired = sum(metric.paired for metric in self.metrics)
-        return paired * (len(self.variants) - 1 + len(self.twins))
 
     def write(self, folder: Path) -> None:
         write_json(folder / "study.json", asdict(self))
@@ -117,35 +112,50 @@ def predicted(values: Sequence[float]) -> float:
 def by_variant(results: list[dict[str, Any]], study: Outcome, name: str) -> dict[str, list[Any]]:
     """Values of a column by variant, in the order of the seeds.
 
+    Of an optional metric without the variants that have a cell without a finite value.
+
     Raises:
-        ValueError: a cell is missing, or a metric of it.
+        ValueError: a cell is missing, or a metric of it that is not optional.
     """
     cells = {(row["variant"], row["seed"]): row.get(name) for row in results}
     missing = [f"{v}/{s}" for v in study.variants for s in study.seeds if (v, s) not in cells]
     if missing:
         raise ValueError(f"results.csv lacks {len(missing)} cells of the study: {', '.join(missing[:3])}")
-    if name in [metric.name for metric in study.metrics]:
-        bad = [f"{v}/{s}" for (v, s), value in cells.items() if value is None or not math.isfinite(value)]
-        if bad:
-            raise ValueError(f"results.csv has no finite {name} of {', '.join(bad[:3])}")
-    return {variant: [cells[variant, seed] for seed in study.seeds] for variant in study.variants}
+    values = {variant: [cells[variant, seed] for seed in study.seeds] for variant in study.variants}
+    metric = next((metric for metric in study.metrics if metric.name == name), None)
+    if metric is None:
+        return values
+    bad = [cell for cell, value in cells.items() if value is None or not math.isfinite(value)]
+    if bad and not metric.is_optional:
+        raise ValueError(f"results.csv has no finite {name} of {', '.join(f'{v}/{s}' for v, s in bad[:3])}")
+    without = {variant for variant, _ in bad}
+    return {variant: own for variant, own in values.items() if variant not in without}
 
 
 def against_first(values: dict[str, list[float]], study: Outcome) -> dict[str, list[float]]:
-    """Differences to the first variant, seed by seed, of the other variants."""
+    """Differences to the first variant, seed by seed, of the other variants, where both have values."""
     first = study.variants[0]
-    return {
-        variant: [mine - its for mine, its in zip(values[variant], values[first], strict=True)]
-        for variant in study.variants[1:]
-    }
+    return subtract(values, dict.fromkeys(study.variants[1:], first))
 
 
 def against_twins(values: dict[str, list[float]], study: Outcome) -> dict[str, list[float]]:
-    """Differences of variants to what was trained for their time, seed by seed."""
+    """Differences of variants to what was trained for their time, seed by seed, where both have values."""
+    return subtract(values, study.twins)
+
+
+def subtract(values: dict[str, list[float]], pairs: dict[str, str]) -> dict[str, list[float]]:
+    """Differences of variants to other ones, seed by seed, where both have values."""
     return {
-        variant: [mine - its for mine, its in zip(values[variant], values[twin], strict=True)]
-        for variant, twin in study.twins.items()
+        variant: [mine - its for mine, its in zip(values[variant], values[other], strict=True)]
+        for variant, other in pairs.items()
+        if variant in values and other in values
     }
+
+
+def count_comparisons(results: list[dict[str, Any]], study: Outcome) -> int:
+    """Paired differences that the report makes something of: to the first variant, and to time-matched twins."""
+    paired = [by_variant(results, study, metric.name) for metric in study.metrics if metric.paired]
+    return sum(len(against_first(values, study)) + len(against_twins(values, study)) for values in paired)
 
 
 VERDICTS = ("better than", "worse than", "perhaps better than", "perhaps worse than", "not told apart from")

@@ -26,6 +26,14 @@ from hcvision.data import (
     write_csv,
     write_json,
 )
+from hcvision.studies.columns import (
+    COLUMNS,
+    check_column_data,
+    check_columns,
+    describe_columns,
+    measure_columns,
+    validate_beside,
+)
 from hcvision.studies.costs import measure_costs
 from hcvision.studies.display import DONE, FIELDS, CellProgress, Display, empty_board
 from hcvision.studies.matching import (
@@ -41,7 +49,7 @@ from hcvision.studies.matching import (
 from hcvision.studies.measuring import name_device
 from hcvision.studies.processes import helpers, limit_threads
 from hcvision.studies.reporting import read_curve, write_curves, write_report
-from hcvision.studies.settings import FIXED, complete, defaults, environment, flat, merge, span, write_yaml
+from hcvision.studies.settings import FIXED, complete, defaults, describe_changes, environment, merge, span, write_yaml
 from hcvision.studies.statistics import TOP1, Curve, Metric, Outcome
 from hcvision.training import (
     ImageClassifier,
@@ -75,6 +83,7 @@ class Study:
         timing_rounds: rounds of the interleaved step-time measurement; 0 leaves it out.
         jobs: cells that train at the same time, each in a process of its own on the same device; ``auto`` is as many
             as there are CPU cores for cells that train on a CPU, and one on a GPU.
+        columns: more columns of the report, measured when a cell ends: nll, ece, scaled_ece, brier, macro, knn, linear.
 
     Raises:
         ValueError: an unknown variant, a change of something that is not there, a variant or seed named twice, or a
@@ -84,7 +93,7 @@ class Study:
     task = "classify"
     module: type[TimmModule] = ImageClassifier
     metrics: tuple[Metric, ...] = (TOP1,)
-    columns: tuple[str, ...] = ("start_top1", "top1", "top5", "val_loss", "train_loss")
+    recorded: tuple[str, ...] = ("start_top1", "top1", "top5", "val_loss", "train_loss")  # in results.csv
     curves: tuple[Curve, ...] = (Curve("val_top1", "validation top-1, %", 100.0), Curve("train_loss", "training loss"))
     measured = "top-1"
 
@@ -99,6 +108,7 @@ class Study:
         title: str = "Connections compared",
         timing_rounds: int = 15,
         jobs: int | Literal["auto"] = "auto",
+        columns: list[str] | None = None,
     ):
         for what, values in (("variants", [*variants]), ("seeds", seeds)):
             if not values or len(set(values)) < len(values):
@@ -116,6 +126,8 @@ class Study:
                 f"jobs must be at least 1, and 1 where a run has several devices, got {jobs} with "
                 f"devices={several or 1}"
             )
+        self.columns = columns or []
+        check_columns(self.columns, several is not None)
         self.out, self.title, self.variants, self.seeds = Path(out), title, [*changes], seeds
         self.model, self.data, self.trainer = model, data, trainer
         if jobs == "auto":
@@ -220,7 +232,7 @@ class Study:
         self.check_settings()
         missing = [cell for cell in self.cells if self.read_result(*cell) is None]
         if missing:
-            ImageData(**self.data)  # what is wrong with the data is said before anything is written
+            check_column_data(self.columns, ImageData(**self.data))  # what is wrong is said before anything is written
         if is_first_process() and missing:
             with self.lock():
                 self.prepare()
@@ -390,6 +402,7 @@ class Study:
             "val_loss": metrics["val_loss"],
             "train_loss": metrics.get("train_loss", losses[max(losses)] if losses else None),
             **self.score(folder, model, metrics),
+            **measure_columns(self, variant, seed, model, data, metrics, str(trainer.precision)),
             "parameters": sum(parameter.numel() for parameter in model.model.parameters()),
             "updates": steps,
             "epochs": epochs,
@@ -426,13 +439,10 @@ class Study:
     def score_start(self, path: Path, variant: str, model: Any, data: ImageData) -> float | None:
         """Top-1 before the first step, for weights that come from somewhere (``init_from``, ``pretrained``)."""
         given = self.model_arguments(variant)
-        if not (given.get("init_from") or given.get("pretrained")) or "start_top1" not in self.columns:
+        if not (given.get("init_from") or given.get("pretrained")) or "start_top1" not in self.recorded:
             return None
         if not path.is_file():
-            quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-            quiet |= {"enable_model_summary": False, "inference_mode": False}
-            trainer = pl.Trainer(**{**self.trainer_arguments(variant), **quiet})
-            start = float(trainer.validate(model, data, verbose=False)[0]["val_top1"])
+            start = validate_beside(self, variant, model, data)["val_top1"]
             if not is_first_process():
                 return start
             write_json(path, start)
@@ -441,19 +451,21 @@ class Study:
     def write(self, costs: dict[str, dict[str, float]]) -> None:
         """Write what the report is made from: config.yaml, study.json, results.csv and curves.csv."""
         results = [self.read_result(*cell) or {} for cell in self.cells]
-        names = ("variant", "seed", *self.columns, "parameters", "updates", "epochs", "images", "seconds")
+        shown = [COLUMNS[name].metric for name in self.columns]
+        recorded = dict.fromkeys([*self.recorded, *(metric.name for metric in shown)])
+        names = ("variant", "seed", *recorded, "parameters", "updates", "epochs", "images", "seconds")
         write_csv(self.out / "results.csv", [{name: result.get(name) for name in names} for result in results])
         ends = {cell: result["epochs"] for cell, result in zip(self.cells, results, strict=True)}
         write_curves(self.out, {cell: self.cell_folder(*cell) for cell in self.cells}, self.curves, ends)
         epochs, images = (span([result[name] for result in results]) for name in ("epochs", "images"))
         seeds = "s" * (len(self.seeds) > 1)
         sizes = ", ".join(f"{key} {value}" for key, value in (self.model.get("model_args") or {}).items())
-        lead = f"{self.data['dataset']}, {self.model['model']}{f' ({sizes})' if sizes else ''}, {epochs} "
+        lead = f"{self.data.get('dataset', 'folder')}, {self.model['model']}{f' ({sizes})' if sizes else ''}, {epochs} "
         lead += f"epoch{'s' * (epochs != '1')}, {images} images each, seed{seeds} {', '.join(map(str, self.seeds))}"
         seen = Counter(json.dumps(result.get("environment"), sort_keys=True) for result in results)
         environments = [{**json.loads(one), "cells": count} for one, count in seen.items() if one != "null"]
         outcome = Outcome(
-            self.title, self.variants, self.seeds, lead, self.measured, [*self.metrics], [*self.curves], costs,
+            self.title, self.variants, self.seeds, lead, self.measured, [*self.metrics, *shown], [*self.curves], costs,
             self.notes(), self.pictures(), environments, self.timed_on if costs else "", self.matches,
         )  # fmt: skip
         outcome.write(self.out)
@@ -465,22 +477,14 @@ class Study:
         listed = [*self.changes] if not any(self.changes.values()) else self.changes
         out = f"runs/{self.out.name}" if self.out.is_absolute() else str(self.out)
         about = {"title": self.title, "task": self.task, "out": out, "variants": listed, "seeds": self.seeds}
-        return {**about, "timing_rounds": self.timing_rounds, **settings}
+        more = {"columns": self.columns} if self.columns else {}
+        return {**about, "timing_rounds": self.timing_rounds, **more, **settings}
 
     def notes(self) -> list[str]:
         """What the reader of the table has to know and its files do not say: what the variants are."""
-        lines: list[str] = []
-        changed: dict[str, Any] = {}
-        for variant, changes in self.changes.items():
-            own = ("connection", "match_time")
-            changes_shown = [(name, value) for name, value in flat(changes) if name not in own]
-            changed |= dict(changes_shown)
-            if changes_shown:
-                what = ", ".join(f"{name} {json.dumps(value)}" for name, value in changes_shown)
-                lines.append(f"{variant} is {self.connection(variant)} with {what}.")
-        base = dict(flat(complete(self.module, {"model": self.model, "data": self.data, "trainer": self.trainer})))
-        others = ", ".join(f"{name} {json.dumps(base[name])}" for name in changed if name in base)
-        return [" ".join([*lines, *([f"The others have {others}."] if others else [])])] if lines else []
+        usual = complete(self.module, {"model": self.model, "data": self.data, "trainer": self.trainer})
+        told = describe_changes(self.changes, self.connection, usual)
+        return told + ([describe_columns(self.columns)] if self.columns else [])
 
     def pictures(self) -> dict[str, str]:
         """Pictures of the report beside its curves, drawn here: file names and what they show."""

@@ -160,11 +160,12 @@ class ImageClassifier(TimmModule):
         self.log(f"{stage}_loss", mean_loss, on_step=False, on_epoch=True, batch_size=len(targets))
         return logits, targets
 
-    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        self._evaluate(batch, self.val_metrics, self.val_loss, "val")
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Any:
+        """Logits and targets, for who reports more."""
+        return self._evaluate(batch, self.val_metrics, self.val_loss, "val")
 
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Any:
-        """Logits and targets, for who reports more about the classes."""
+        """The same."""
         return self._evaluate(batch, self.test_metrics, self.test_loss, "test")
 
     def predict_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:

@@ -4,8 +4,8 @@
 with seeds, ``command.py`` the command.
 """
 
-from hcvision.studies.probing.command import probe
-from hcvision.studies.probing.features import open_model
+from hcvision.studies.probing.command import check_data, probe
+from hcvision.studies.probing.features import collect, open_model
 from hcvision.studies.probing.protocol import Protocol
 
-__all__ = ["Protocol", "open_model", "probe"]
+__all__ = ["Protocol", "check_data", "collect", "open_model", "probe"]

@@ -55,7 +55,7 @@ class Protocol:
         """Linear probes that are fitted, at most."""
         return FITS * len(self.seeds) if "linear" in self.probes else 0
 
-    def check(self, targets: Sequence[int] | Tensor, names: Sequence[str]) -> None:
+    def check(self, targets: Sequence[int] | Tensor, names: Sequence[Any]) -> None:
         """Raise ValueError when there are too few training images of these classes, (N,)."""
         for seed in self.seeds:
             chosen = torch.as_tensor(targets)[self.choose(targets, names, seed)]
@@ -66,7 +66,7 @@ class Protocol:
             if "linear" in self.probes:
                 split_by_class(chosen.tolist(), HELD_OUT, seed, names)
 
-    def choose(self, targets: Sequence[int] | Tensor, names: Sequence[str], seed: int) -> Tensor:
+    def choose(self, targets: Sequence[int] | Tensor, names: Sequence[Any], seed: int) -> Tensor:
         """Numbers of the training images that are looked at, ascending.
 
         Raises:
@@ -88,7 +88,7 @@ class Protocol:
         self,
         train: Labelled,
         test: Labelled,
-        names: Sequence[str],
+        names: Sequence[Any],
         device: str = "cpu",
         tick: Callable[[], Any] = lambda: None,
     ) -> dict[str, Any]:
