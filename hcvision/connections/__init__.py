@@ -21,6 +21,8 @@ class                      name           streams S  views V  width E  source
 ``GatedConnection``        ``gr4``        n          1        dim      Gated Residual, arXiv 2608.30320
 ``OrthogonalConnection``   ``oru``        1          1        dim      Orthogonal residual update, arXiv 2505.11881
 ``LaurelConnection``       ``laurel``     1          1        dim      LAuReL, arXiv 2411.07501
+``PermutationConnection``  ``mhclite4``   n          1        dim      mHC-lite, arXiv 2601.05732
+``KroneckerConnection``    ``krom4``      n          1        dim      KromHC, arXiv 2601.21579
 =========================  =============  =========  =======  =======  =====================================
 
 ``base.py`` is the seam and ``streams.py`` what all connections with streams share; each kind has a file of its own;

@@ -67,7 +67,9 @@ class ManifoldConnection(StreamConnection):
         check_count("rate", rate, 2)
         check_count("layer_index", layer_index, 0)
         super().__init__(dim, rate, rate, 1, layer_index, backend)
-        sizes = {"pre": rate, "post": rate, "res": rate * rate} if self.mixes else {"pre": rate, "post": rate}
+        sizes = {"pre": rate, "post": rate}
+        if self.mixes:
+            sizes["res"] = len(self.first_mixing())
         shapes = {"phi": lambda size: (rate * dim, size), "scale": lambda size: (1,), "bias": lambda size: (size,)}
         for what, shape in shapes.items():
             for part, size in sizes.items():
@@ -80,6 +82,10 @@ class ManifoldConnection(StreamConnection):
         """``mhc4``, ..."""
         return f"mhc{self.rate}"
 
+    def first_mixing(self) -> Tensor:
+        """The initial logits of the mixing, one-dimensional, float32, on the CPU."""
+        return 8 * torch.eye(self.rate).flatten()
+
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Set every parameter to its initial value."""
@@ -89,7 +95,7 @@ class ManifoldConnection(StreamConnection):
         read[self.layer_index % self.rate] += 0.5
         self.bias_pre.copy_(read.logit())
         if self.mixes:
-            self.bias_res.copy_(8 * torch.eye(self.rate).flatten())
+            self.bias_res.copy_(self.first_mixing())
 
     def rule(self) -> Tuple[List[Tensor], List[Tensor], List[Tensor]]:
         """phi, the scales and the biases: of the read, of the write, of the mixing."""
@@ -105,16 +111,19 @@ class ManifoldConnection(StreamConnection):
 
     def read(self, streams: Tensor) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """See ``StreamConnection``."""
-        phi, scale, bias = self.rule()
-        alpha, beta = manifold_weights(streams, phi, scale, bias)
+        alpha, beta = self.mixture(streams)
         return steps.read_streams(streams, alpha, beta, 1)
 
     @torch.jit.ignore
     def read_timed(self, streams: Tensor, terms: Tensor) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """See ``StreamConnection``; the terms are added to the biases."""
-        phi, scale, bias = self.rule()
-        alpha, beta = manifold_weights(streams, phi, scale, bias, terms)
+        alpha, beta = self.mixture(streams, terms)
         return steps.read_streams(streams, alpha, beta, 1)
+
+    def mixture(self, streams: Tensor, terms: Optional[Tensor] = None) -> Tuple[Tensor, Tensor]:
+        """alpha (..., S, 1+S) and beta (..., S) of streams (..., S, E)."""
+        phi, scale, bias = self.rule()
+        return manifold_weights(streams, phi, scale, bias, terms)
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}, rate={self.rate}, layer_index={self.layer_index}"
@@ -128,6 +137,16 @@ def manifold_weights(
 
     Terms (B, 1, ..., K) are added to the biases.
     """
+    read, write, logits = find_logits(streams, phi, scale, bias, terms)
+    if len(phi) == 2:
+        return read, write
+    return join_mixing(read, sinkhorn(layout.split_last(logits, streams.shape[-2]))), write
+
+
+def find_logits(
+    streams: Tensor, phi: List[Tensor], scale: List[Tensor], bias: List[Tensor], terms: Optional[Tensor]
+) -> Tuple[Tensor, Tensor, Tensor]:
+    """Read and write (..., S) of streams (..., S, E), and the logits of the mixing, if there is a third of each."""
     dtype = torch.promote_types(streams.dtype, torch.float32)
     count = streams.shape[-2]
     x, rows = streams.flatten(-2), torch.cat([part.transpose(-1, -2) for part in phi]).to(dtype)
@@ -140,10 +159,12 @@ def manifold_weights(
     if terms is not None:
         logits = logits + terms
     read, write = logits[..., :count].sigmoid(), 2 * logits[..., count : 2 * count].sigmoid()
-    if len(phi) == 2:
-        return read, write
-    mix = sinkhorn(layout.split_last(logits[..., 2 * count :], count))
-    return torch.cat([read[..., None], mix.transpose(-1, -2)], dim=-1), write
+    return read, write, logits[..., 2 * count :]
+
+
+def join_mixing(read: Tensor, mix: Tensor) -> Tensor:
+    """alpha (..., S, 1+S) of a read (..., S) and a mixing matrix (..., S, S), whose row i is the next stream i."""
+    return torch.cat([read[..., None], mix.transpose(-1, -2)], dim=-1)
 
 
 def sinkhorn(logits: Tensor, iterations: int = ITERATIONS) -> Tensor:

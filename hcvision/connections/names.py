@@ -12,9 +12,11 @@ from hcvision.connections.gated import GatedConnection
 from hcvision.connections.generalized import GeneralizedConnection
 from hcvision.connections.hyper import HyperConnection
 from hcvision.connections.identity import IdentityConnection
+from hcvision.connections.kronecker import KroneckerConnection
 from hcvision.connections.laurel import LaurelConnection
 from hcvision.connections.manifold import ManifoldConnection
 from hcvision.connections.orthogonal import OrthogonalConnection
+from hcvision.connections.permutations import PermutationConnection
 
 BUILDERS: dict[str, Callable[..., Connection]] = {  # by kind, called with dim, rate, layer_index and options
     "shc": functools.partial(HyperConnection, dynamic=False),
@@ -28,11 +30,13 @@ BUILDERS: dict[str, Callable[..., Connection]] = {  # by kind, called with dim, 
     "gr": GatedConnection,
     "oru": OrthogonalConnection,
     "laurel": LaurelConnection,
+    "mhclite": PermutationConnection,
+    "krom": KroneckerConnection,
 }
 KINDS = tuple(BUILDERS)
 ALONE = ("oru", "laurel")  # kinds that have no rate
-SUCCESSORS = ("mhc4", "ihc4", "ghc2x3", "sihc4", "gr4", "oru", "laurel")
-TIMED = ("shc", "dhc", "sfc", "dfc", "mhc", "ihc")  # those that can see the time of a diffusion model
+SUCCESSORS = ("mhc4", "ihc4", "ghc2x3", "sihc4", "gr4", "oru", "laurel", "mhclite4", "krom4")
+TIMED = ("shc", "dhc", "sfc", "dfc", "mhc", "ihc", "mhclite", "krom")  # can see the time of a diffusion model
 NAMES = (*(f"{kind}{rate}" for kind in KINDS[:4] for rate in (2, 4, 8)), *SUCCESSORS)  # timm names end so
 
 
@@ -59,7 +63,8 @@ def build_connection(name: str, dim: int, layer_index: int = 0, **options) -> "C
 
     Args:
         name: ``residual``; static/dynamic + hyper/frac + rate: ``shc2``, ``dhc4``, ``sfc2``, ``dfc4``; or a
-            successor: ``mhc4``, ``ihc4``, ``ghc2x3``, ``sihc4``, ``gr4``, ``oru``, ``laurel``.
+            successor: ``mhc4``, ``ihc4``, ``ghc2x3``, ``sihc4``, ``gr4``, ``oru``, ``laurel``,
+            ``mhclite4``, ``krom4``.
         dim: width of the model (timm's embed_dim).
         layer_index: index of the sub-layer, counted from 0 over attention and MLP alike.
         **options: keyword arguments of the class: ``tanh``, ``norm``, ``backend``, ``device``, ``dtype``, and

@@ -20,10 +20,12 @@ KINDS = ("shc", "dhc", "sfc", "dfc")
 RATES = (1, 2, 3, 4, 8)
 DIM = 24  # every rate divides it
 FOUR = ("shc2", "dhc2", "sfc2", "dfc2")
-EVERY = (*FOUR, "mhc2", "ihc2", "ghc2x3", "sihc2", "gr2", "oru", "laurel")
+EVERY = (*FOUR, "mhc2", "ihc2", "ghc2x3", "sihc2", "gr2", "oru", "laurel", "mhclite3", "krom4")
 STEPS = {  # of kinds that have some of their own
     "mhc2": ("read_streams", "depth_connection"),
     "ihc2": ("read_streams", "depth_connection"),
+    "mhclite3": ("read_streams", "depth_connection"),
+    "krom4": ("read_streams", "depth_connection"),
     "sihc2": ("read_channels", "write_channels"),
     "gr2": ("read_gated", "depth_connection"),
     "oru": ("read_whole", "update_orthogonal"),
@@ -344,6 +346,8 @@ def test_no_weight_decay(name):
     others = {
         "mhc2": {"phi_pre", "phi_post", "phi_res"},
         "ihc2": {"phi_pre", "phi_post"},
+        "mhclite3": {"phi_pre", "phi_post", "phi_res"},
+        "krom4": {"phi_pre", "phi_post", "phi_res"},
         "gr2": {"gate_down", "gate_up", "write_fn"},
         "laurel": {"low_rank_a", "low_rank_b"},
     }
@@ -749,7 +753,7 @@ def test_vmap(name):
 @pytest.mark.parametrize(
     ("name", "backend"),
     [("shc2", "aot_eager"), ("dhc2", "inductor"), ("sfc2", "aot_eager"), ("dfc2", "inductor")]
-    + [(name, "aot_eager") for name in ("sihc2", "gr2", "oru", "laurel")],
+    + [(name, "aot_eager") for name in ("sihc2", "gr2", "oru", "laurel", "mhclite3", "krom4")],
 )
 def test_compile(name, backend):
     """torch.compile in one graph, forward and backward."""
@@ -814,6 +818,8 @@ def test_unknown_option(options):
         ("ihc8", ("ihc", 8)),
         ("ghc2x3", ("ghc", (2, 3))),
         ("sihc16", ("sihc", 16)),
+        ("mhclite3", ("mhclite", 3)),
+        ("krom8", ("krom", 8)),
         ("oru", ("oru", 1)),
         ("laurel", ("laurel", 1)),
     ],
@@ -851,7 +857,9 @@ def test_parse(name, parsed):
     ],
 )
 def test_parse_errors(name):
-    message = "must be 'residual', 'oru', 'laurel' or one of shc, dhc, sfc, dfc, mhc, ihc, sihc, gr followed by a rate"
+    message = (
+        "must be 'residual', 'oru', 'laurel' or one of shc, dhc, sfc, dfc, mhc, ihc, sihc, gr, mhclite, krom follow"
+    )
     with pytest.raises(ValueError, match=message):
         parse_connection(name)
 

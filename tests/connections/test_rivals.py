@@ -1,5 +1,8 @@
 """hcvision.connections: rivals of Hyper-Connections are what their papers write down, from the formulas alone."""
 
+import functools
+import itertools
+import math
 import warnings
 
 import pytest
@@ -57,7 +60,40 @@ def laurel(connection, p, x, branch):
     return alpha * branch(x) + beta * (torch.einsum("dr,re,...e->...d", p["low_rank_b"], p["low_rank_a"], x) + x)
 
 
+def mix_permutations(logits, n):
+    """mHC-lite: permutations in lexicographic order, row i of a permutation matrix takes stream p[i]."""
+    weights = logits.exp() / logits.exp().sum(-1, keepdim=True)
+    matrices = [torch.eye(n, dtype=logits.dtype)[list(p)] for p in itertools.permutations(range(n))]
+    return torch.einsum("...r,rij->...ij", weights, torch.stack(matrices))
+
+
+def mix_factors(logits, n):
+    """KromHC: the Kronecker product of p I + q swap, factor by factor and token by token."""
+    pairs = logits.unflatten(-1, (-1, 2))
+    kept = 1 / (1 + (pairs[..., 1] - pairs[..., 0]).exp())
+    swap = torch.tensor([[0, 1], [1, 0]], dtype=logits.dtype)
+
+    def multiply(token):
+        return functools.reduce(torch.kron, [p * torch.eye(2, dtype=p.dtype) + (1 - p) * swap for p in token])
+
+    return torch.stack([multiply(token) for token in kept.reshape(-1, kept.shape[-1])]).reshape(*kept.shape[:-1], n, n)
+
+
+def doubly_stochastic(connection, p, x, branch):
+    """mHC, eq. 7-9, with another mixing matrix, whose row i makes the next stream i."""
+    n, streams = connection.rate, x.chunk(connection.rate, dim=-1)
+    normed = x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+    pre, post, res = (p[f"scale_{k}"] * (normed @ p[f"phi_{k}"]) + p[f"bias_{k}"] for k in ("pre", "post", "res"))
+    mix = (mix_permutations if connection.name.startswith("mhclite") else mix_factors)(res, n)
+    assert (mix.sum(-1) - 1).abs().max() < 1e-12
+    assert (mix.sum(-2) - 1).abs().max() < 1e-12
+    out = branch(sum(streams[i] / (1 + (-pre[..., i, None]).exp()) for i in range(n)))
+    following = [sum(mix[..., i, j, None] * streams[j] for j in range(n)) for i in range(n)]
+    return torch.cat([following[i] + 2 / (1 + (-post[..., i, None]).exp()) * out for i in range(n)], dim=-1)
+
+
 WRITTEN = {"sihc2": channelwise, "sihc3": channelwise, "gr1": gated, "gr3": gated, "oru": orthogonal, "laurel": laurel}
+WRITTEN |= dict.fromkeys(("mhclite2", "mhclite3", "mhclite4", "krom2", "krom4", "krom8"), doubly_stochastic)
 
 
 @pytest.mark.parametrize("tokens", [(), (2, 3)], ids=str)
@@ -91,6 +127,23 @@ def test_at_init_they_are_the_residual_add(name):
         assert torch.equal(after, torch.cat([x + torch.tanh(3 * x)] * connection.streams, dim=-1))
         view, _ = connection.width_connection(torch.arange(connection.width, dtype=torch.float32))
         assert torch.equal(view, torch.arange(DIM) + DIM * (k % connection.streams))
+
+
+@pytest.mark.parametrize("name", ["mhclite2", "mhclite3", "mhclite4", "krom2", "krom8"])
+def test_doubly_stochastic_ones_at_init(name):
+    """Up to rounding; the mixing is almost the identity, and rows and columns sum to 1 in float32, as mHC's do not."""
+    for k in range(3):
+        connection = build_connection(name, DIM, k)
+        n, x = connection.rate, torch.randn(2, 3, DIM)
+        after = connection(torch.cat([x] * n, dim=-1), lambda v: torch.tanh(3 * v))
+        torch.testing.assert_close(after, torch.cat([x + torch.tanh(3 * x)] * n, dim=-1), rtol=1e-5, atol=2e-6)
+        alpha, beta = connection.weights(torch.randn(5, connection.width))
+        kept = {"mhclite2": 1, "mhclite3": 4, "mhclite4": 18, "krom2": 1, "krom8": 3}[name] * math.exp(-8)
+        assert (1 - alpha[:, range(n), range(1, n + 1)] - kept).abs().max() < 0.01 * kept
+        assert torch.equal(beta, torch.ones(5, n))
+    alpha, _ = random_connection(name, dtype=torch.float32).weights(torch.randn(500, connection.width))
+    for axis in (-1, -2):
+        assert (alpha[..., 1:].sum(axis) - 1).abs().max() < 1e-6
 
 
 def test_parameters():

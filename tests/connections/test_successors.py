@@ -20,7 +20,7 @@ from hcvision.training.connections import choose_backend, freeze_connections
 
 DIM = 24
 THREE = ("mhc4", "ihc4", "ghc2x3")
-EVERY = (*THREE, "sihc4", "gr4", "oru", "laurel")
+EVERY = (*THREE, "sihc4", "gr4", "oru", "laurel", "mhclite3", "krom4")
 EXACT = ("ghc2x3", "sihc4", "gr4", "laurel")  # converted models are what they were, to the bit
 MANIFOLD = ("mhc2", "mhc3", "mhc4", "ihc2", "ihc4")
 GENERAL = ("ghc1x2", "ghc2x3", "ghc2x4", "ghc3x4", "ghc4x6")
@@ -522,6 +522,10 @@ def test_frozen_parts(name, part, still):
     [
         ("mhc1", 8, "rate must be an integer of at least 2, got 1"),
         ("ihc1", 8, "rate must be an integer of at least 2, got 1"),
+        ("mhclite5", 8, "mhclite mixes 2 to 4 streams by their n! permutations, got 5"),
+        ("mhclite1", 8, "mhclite mixes 2 to 4 streams by their n! permutations, got 1"),
+        ("krom6", 8, "krom mixes 2, 4, 8, ... streams, a power of 2, got 6"),
+        ("krom1", 8, "krom mixes 2, 4, 8, ... streams, a power of 2, got 1"),
         ("ghc2x2", 8, "ghc must carry more segments than the model has fractions, got 2 fractions and 2 segments"),
         ("ghc3x2", 8, "as many is what dfc3 does"),
         ("ghc3x4", 8, "dim must be divisible by the frac rate, got dim=8 and rate=3"),

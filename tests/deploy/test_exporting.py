@@ -41,7 +41,22 @@ def files(image_folder):
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 @pytest.mark.parametrize(
     "connection",
-    ["residual", "shc2", "dhc4", "sfc2", "dfc2", "mhc4", "ihc4", "ghc2x3", "sihc4", "gr4", "oru", "laurel"],
+    [
+        "residual",
+        "shc2",
+        "dhc4",
+        "sfc2",
+        "dfc2",
+        "mhc4",
+        "ihc4",
+        "ghc2x3",
+        "sihc4",
+        "gr4",
+        "oru",
+        "laurel",
+        "mhclite3",
+        "krom4",
+    ],
 )
 def test_traced_onnx(connection, tmp_path):
     """torch.onnx.export with dynamo=False, as recipes for TensorRT have it: a file for batches of any size."""

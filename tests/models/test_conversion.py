@@ -434,7 +434,10 @@ JACOBIANS = {
 @pytest.mark.parametrize("way", JACOBIANS)
 @pytest.mark.parametrize(
     ("connection", "backend"),
-    [(connection, "auto") for connection in (*FOUR, "mhc4", "ihc4", "ghc2x3", "sihc4", "gr4", "oru", "laurel")]
+    [
+        (connection, "auto")
+        for connection in (*FOUR, "mhc4", "ihc4", "ghc2x3", "sihc4", "gr4", "oru", "laurel", "mhclite3", "krom2")
+    ]
     + [("dhc2", "torch"), ("dhc2", "native"), ("mhc4", "native")],
 )
 def test_jacobians(connection, backend, way, recompute):
@@ -464,7 +467,9 @@ def expected_calls(model, x):
     return calls
 
 
-@pytest.mark.parametrize("connection", [*FOUR, "mhc4", "ihc4", "ghc2x3", "sihc4", "gr4", "oru", "laurel"])
+@pytest.mark.parametrize(
+    "connection", [*FOUR, "mhc4", "ihc4", "ghc2x3", "sihc4", "gr4", "oru", "laurel", "mhclite3", "krom2"]
+)
 def test_hooks(connection):
     """Hooks of a connection get the streams before and behind its sub-layer and their gradients; values stay."""
     model, x = randomize(vit(connection, torch.float64)), images(dtype=torch.float64)

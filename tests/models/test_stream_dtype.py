@@ -13,7 +13,7 @@ from hcvision.models.conversion import convert, set_stream_dtype
 from hcvision.studies.insight.unfolding import unfolded_matrix, watch
 
 BF16 = torch.bfloat16
-KINDS = ("shc2", "dhc2", "dhc4", "dfc2", "mhc2", "ihc4", "ghc2x3", "sihc4", "gr2", "oru", "laurel")
+KINDS = ("shc2", "dhc2", "dhc4", "dfc2", "mhc2", "ihc4", "ghc2x3", "sihc4", "gr2", "oru", "laurel", "mhclite3", "krom2")
 
 
 def random_connection(name, dim=12):

@@ -43,7 +43,22 @@ def test_at_the_initial_values_a_block_is_removed(connection, tiny):
 
 
 @pytest.mark.parametrize(
-    "connection", ["residual", "dhc2", "shc3", "dfc3", "mhc2", "ihc2", "ghc2x3", "sihc2", "gr2", "oru", "laurel"]
+    "connection",
+    [
+        "residual",
+        "dhc2",
+        "shc3",
+        "dfc3",
+        "mhc2",
+        "ihc2",
+        "ghc2x3",
+        "sihc2",
+        "gr2",
+        "oru",
+        "laurel",
+        "mhclite2",
+        "krom2",
+    ],
 )
 @torch.no_grad()
 def test_trained_streams_are_still_mixed(connection, tiny):

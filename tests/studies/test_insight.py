@@ -50,7 +50,7 @@ def passages(model, x):
 
 
 KINDS = ["shc1", "shc2", "dhc2", "dhc3", "dhc4", "sfc2", "dfc2", "dfc3", "residual", "half dhc3", "half dfc2"]
-KINDS += ["mhc4", "ihc3", "ghc2x3", "ghc3x4", "oru", "half oru"]
+KINDS += ["mhc4", "ihc3", "ghc2x3", "ghc3x4", "oru", "half oru", "mhclite3", "krom4"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -159,7 +159,7 @@ def test_fractions_by_hand(tiny):
             torch.testing.assert_close(joined[k, j], block.sum(1).mean(), rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("kind", ["dhc3", "mhc4", "ghc2x3", "dfc2", "ihc2", "sihc2", "gr2"])
+@pytest.mark.parametrize("kind", ["dhc3", "mhc4", "ghc2x3", "dfc2", "ihc2", "sihc2", "gr2", "mhclite3", "krom4"])
 def test_mixing_and_its_product(kind, tiny, tmp_path):
     """Row i of a mixing matrix makes the next stream i; products go from the first sub-layer on, token by token."""
     model = build(kind, tiny)
@@ -177,7 +177,7 @@ def test_mixing_and_its_product(kind, tiny, tmp_path):
         torch.testing.assert_close(stage.products[k][0].double(), product.mean(1), rtol=1e-4, atol=1e-4)
         sums = [part.abs().sum(dim).amax(-1).mean(1) for part in (own, product) for dim in (-1, -2)]
         torch.testing.assert_close(stage.gains[k][0].double(), torch.stack(sums, dim=-1), rtol=1e-4, atol=1e-4)
-    if kind == "mhc4":
+    if kind in ("mhc4", "mhclite3", "krom4"):
         assert (torch.cat(stage.gains[-1]) - 1).abs().max() < 0.05  # doubly stochastic, and so is the product
     write_stage(tmp_path, stage, None, torch.tensor([0, 1, 1, 0]), ["a", "b"])
     rows = read(tmp_path / "mixing.csv")
