@@ -99,7 +99,20 @@ def test_by_hand(name, recompute):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-11, msg=lambda m, leaf=leaf: f"gradient of {leaf}: {m}")
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ["mhclite3", "krom4"])
+def test_terms_stand_beside_biases(name):
+    """Of mHC with other mixing matrices too: one image's weights are those of biases that have its terms added."""
+    timed = build(name)
+    other = copy.deepcopy(timed)
+    x, e = torch.randn(1, 5, timed.width, dtype=torch.float64), torch.randn(1, TIME, dtype=torch.float64)
+    with torch.no_grad():
+        for part in ("pre", "post", "res"):
+            getattr(other, f"bias_{part}").add_((F.silu(e) @ getattr(other.time_term, f"fn_{part}"))[0])
+    for a, b in zip(timed.weights(x, e), other.weights(x), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", [*NAMES, "mhclite3", "krom4"])
 def test_at_init_it_says_nothing(name):
     """The same as without it, and without a time; after a step on its parameters it is something else."""
     plain, timed = (build_connection(name, 12, 1, **more) for more in ({}, {"time_dim": TIME}))
@@ -175,4 +188,4 @@ def test_errors():
             timed.weights(x, torch.randn(shape, dtype=torch.float64))
     with pytest.raises(ValueError, match="time_dim must be an integer of at least 1, got 0"):
         build_connection("dhc2", 12, time_dim=0)
-    assert [build_connection(f"{kind}2", 12, time_dim=TIME).time for kind in TIMED] == [True] * 6
+    assert [build_connection(f"{kind}2", 12, time_dim=TIME).time for kind in TIMED] == [True] * 8
