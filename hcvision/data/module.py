@@ -80,8 +80,8 @@ class ImageData(Sources):
             keep, among all.
         relative: evaluate a relative of ImageNet in ROOT, as it is distributed: v2, a, r, sketch, real (the validation
             images with the ReaL labels) or val (with their own).
-        corruption: evaluate corrupted images: gaussian_noise, shot_noise, impulse_noise, defocus_blur, motion_blur,
-            brightness, contrast, jpeg, pixelate.
+        corruption: evaluate corrupted images: gaussian_noise, shot_noise, impulse_noise, defocus_blur, glass_blur,
+            motion_blur, zoom_blur, snow, fog, brightness, contrast, elastic_transform, jpeg, pixelate.
         severity: of the corruption, 1 to 5.
         seed: of the order of the training images.
 

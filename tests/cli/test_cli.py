@@ -543,7 +543,7 @@ def test_corrupted_images_beside_others(image_folder, tmp_path, capsys):
     again = [json.loads(text) for text in (run / "test" / "metrics.jsonl").read_text().splitlines()]
     assert again[-1] == lines[2]
     assert len(again) == 5
-    check_refused(["test", config, "--corruptions=[fog]"], "unknown corruption 'fog'", capsys)
+    check_refused(["test", config, "--corruptions=[fogg]"], "unknown corruption 'fogg'; did you mean fog?", capsys)
 
 
 def test_what_init_from_had_nothing_for_is_said(image_folder, tmp_path, capsys):
