@@ -329,7 +329,7 @@ def test_the_time_has_a_name(tmp_path):
     fresh = convert(build(), "dhc2", time=True)
     convert(fresh, "residual")
     assert fresh.state_dict().keys() == build().state_dict().keys()
-    with pytest.raises(ValueError, match="time=True is for shc, dhc, sfc, dfc, mhc, ihc, got gr2"):
+    with pytest.raises(ValueError, match="time=True is for shc, dhc, sfc, dfc, mhc, ihc, mhclite, krom, got gr2"):
         convert(build(), "gr2", time=True)
     with pytest.raises(ValueError, match="needs a model that embeds a time, a DiT, got a VisionTransformer"):
         convert(timm.create_model("vit_tiny_patch16_224", depth=1), "dhc2", time=True)
