@@ -22,6 +22,7 @@ from timm.models.vision_transformer import Attention
 from torch import Tensor, nn
 
 from hcvision.connections import NAMES as CONNECTIONS
+from hcvision.models import borders
 from hcvision.models.blocks import ConnectedBlock
 from hcvision.models.families import BLOCKS, MODELS, Family
 from hcvision.models.names import register_name
@@ -223,29 +224,35 @@ class DiT(nn.Module):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         self.grad_checkpointing = enable
 
-    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, y: Tensor, tap: int = 0) -> Any:
         """Predict.
 
         Args:
             x: noisy images or latents, (B, C, H, W).
             t: time, (B,): a step in 0 .. 999, or any number that the objective uses.
             y: classes, (B,) in 0 .. num_classes; the last stands for none.
+            tap: return the tokens behind so many blocks too; 0 returns none.
 
         Returns:
-            (B, C, H, W), or (B, 2 C, H, W) with ``learn_sigma``.
+            (B, C, H, W), or (B, 2 C, H, W) with ``learn_sigma``. With a tap a tuple of it and of the tokens, (B, N, D),
+            the mean of the streams where there are several.
         """
         x = self.x_embedder(x) + self.pos_embed  # (B, N, D)
         time = self.t_embedder(t)  # (B, D)
         c = time + self.y_embedder(y)  # (B, D)
-        for block in self.blocks:
+        tapped = x
+        for i, block in enumerate(self.blocks):
             if self.grad_checkpointing and not torch.jit.is_scripting():
                 x = checkpoint(block, x, c, time)
             else:
                 x = block(x, c, time)
+            if i + 1 == tap:
+                tapped = borders.leave_streams(x, self.embed_dim)
         x = self.final_layer(x, c)  # (B, N, P*P*C)
         grid, side = self.x_embedder.grid_size, self.patch_size
         x = x.unflatten(-1, (side, side, self.out_chans)).unflatten(1, (grid[0], grid[1]))  # (B, h, w, P, P, C)
-        return x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
+        x = x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
+        return (x, tapped) if tap else x
 
 
 def sincos_pos_embed(grid: tuple[int, int], dim: int) -> Tensor:

@@ -136,8 +136,11 @@ class GenerationStudy(Study):
         """Have the network that scores, before several processes are bound together: it is trained in one.
 
         Raises:
-            ValueError: ``real_data`` have other classes than ``data``.
+            ValueError: ``real_data`` have other classes than ``data``, or an encoder of a variant cannot be had.
         """
+        for variant in self.variants:
+            if self.model_arguments(variant).get("repa") is not None:
+                self.build_model(variant, 1, 0)
         known = self.extractor.class_names
         drawn = known if self.real_data is self.data else ImageData(**self.data).class_names
         if known is not None and known != drawn:

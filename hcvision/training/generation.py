@@ -10,7 +10,7 @@ from pytorch_lightning.loggers import TensorBoardLogger
 from torch import Tensor
 from torchmetrics import MeanMetric
 
-from hcvision.data import ImageData, check_name, check_number
+from hcvision.data import ImageData, check_name, check_number, refusals
 from hcvision.diffusion import (
     OBJECTIVES,
     Sampling,
@@ -24,6 +24,7 @@ from hcvision.diffusion import (
     to_uint8,
 )
 from hcvision.models import DiT
+from hcvision.training.alignment import Alignment
 from hcvision.training.module import TimmModule
 
 
@@ -41,6 +42,7 @@ class ImageGenerator(TimmModule):
         sample_count: images in a grid.
         sample_steps: of the sampler, for grids.
         sample_guidance: scale of classifier-free guidance, for grids.
+        repa: REPA's arguments: encoder, block, and weight (0.5); see ``Alignment``. None aligns nothing.
         seed: of the times and the noise of evaluation, and of the noise of grids.
         lr: peak learning rate.
         weight_decay: of matrices.
@@ -65,6 +67,7 @@ class ImageGenerator(TimmModule):
         sample_count: int = 32,
         sample_steps: int = 50,
         sample_guidance: float = 4.0,
+        repa: dict[str, Any] | None = None,
         seed: int = 0,
         lr: float = 1e-4,
         weight_decay: float = 0.0,
@@ -78,6 +81,12 @@ class ImageGenerator(TimmModule):
         check_number("sample_steps", sample_steps, least=1, whole=True)
         check_number("label_dropout", label_dropout, least=0, below=1)
         super().__init__(model, lr=lr, weight_decay=weight_decay, sched=sched, ema_decay=ema_decay, **kwargs)
+        self.alignment: Alignment | None = None
+        if repa is not None:
+            with refusals("repa takes encoder, block, weight and hidden"):
+                self.alignment = Alignment(self.model, **repa)  # type: ignore[arg-type]
+            self.hparams["repa"] = {**repa, "features": self.alignment.features}  # whoever draws needs no encoder
+        self.cosine = torch.zeros(())
         self.diffusion = OBJECTIVES[objective](clip=vae is None)
         self.sampling = Sampling(steps=sample_steps, guidance=sample_guidance, seed=seed)
         self.sampling.check(self.diffusion)
@@ -134,7 +143,28 @@ class ImageGenerator(TimmModule):
         noise = torch.randn(images.shape, device=images.device, dtype=torch.float32)
         dropped = torch.rand(len(images), device=images.device) < self.hparams["label_dropout"]
         classes = torch.where(dropped, self.hparams["num_classes"], classes)
-        return self.diffusion.loss(self, images, classes, t, noise).mean()
+        alignment = self.alignment if self.training else None
+        if alignment is None:
+            return self.diffusion.loss(self, images, classes, t, noise).mean()
+        tokens: list[Tensor] = []
+
+        def predict(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+            prediction, tapped = self.model(x.to(next(self.model.parameters()).dtype), t, y, tap=alignment.block)
+            tokens.append(tapped)
+            return prediction
+
+        loss = self.diffusion.loss(predict, images, classes, t, noise).mean()
+        cosine = alignment(tokens[0], self.show(images))
+        self.cosine = cosine.detach()
+        return loss - alignment.weight * cosine
+
+    def show(self, images: Tensor) -> Tensor:
+        """What the data hold, as pixels from 0 to 1: images without their normalisation, latents decoded."""
+        if self.hparams["vae"] is not None:
+            vae = load_vae(self.hparams["vae"]).to(images.device)
+            return (torch.cat([decode(vae, part) for part in images.split(8)]) / 2 + 0.5).clamp(0, 1)
+        mean, std = (images.new_tensor(self.data_config[what]).view(-1, 1, 1) for what in ("mean", "std"))
+        return (images * std + mean).clamp(0, 1)
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor | None:
         images = batch[0]
@@ -144,6 +174,8 @@ class ImageGenerator(TimmModule):
         self.last_loss = loss.detach()
         self.log("loss", loss, on_step=True, prog_bar=True)
         self.log("train_loss", loss, on_step=False, on_epoch=True, batch_size=len(images), sync_dist=True)
+        if self.alignment is not None:
+            self.log("repa_cosine", self.cosine, on_step=False, on_epoch=True, batch_size=len(images), sync_dist=True)
         return loss
 
     def _evaluate(self, batch: tuple[Tensor, Tensor], mean_loss: MeanMetric, stage: str) -> None:

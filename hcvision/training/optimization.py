@@ -68,6 +68,14 @@ class OptimizedModule(pl.LightningModule):
                 fallback_list=("*connection?.*",),  # muon and its like choose by shape; all our matrices are Adam's
                 **(hparams["opt_args"] or {}),
             )
+        beside = [p for name, p in self.named_parameters() if not name.startswith("model.")]
+        if beside:  # what is trained with the model and no part of it
+            fallback = (
+                {"use_fallback": True} if any("use_fallback" in group for group in optimizer.param_groups) else {}
+            )
+            for matrices, decay in ((True, hparams["weight_decay"]), (False, 0.0)):
+                parameters = [p for p in beside if (p.dim() > 1) == matrices]
+                optimizer.add_param_group({"params": parameters, "weight_decay": decay, **fallback})
         own = connection_parameters(self.model)
         if hparams["connection_lr_factor"] != 1:
             set_apart(optimizer, own, lr_scale=hparams["connection_lr_factor"])

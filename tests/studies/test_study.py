@@ -827,6 +827,13 @@ def test_variants_may_draw_otherwise(make_generation, tmp_path):
         make_generation(variants={"ode": {"connection": "residual", "sampling": {"stepps": 3}}})
 
 
+def test_an_encoder_that_is_not_there_is_said_first(make_generation, tmp_path):
+    repa = {"connection": "dhc2", "model": {"repa": {"encoder": "local-dir:nowhere", "block": 1}}}
+    with pytest.raises(ValueError, match="no timm model local-dir:nowhere to look at images with"):
+        make_generation(variants={"residual": {}, "repa": repa}).run(say=lambda _: None)
+    assert not (tmp_path / "study" / "residual").exists()
+
+
 def test_a_study_needs_real_images(make_generation, image_folder, tmp_path):
     other = shutil.copytree(image_folder, tmp_path / "other")
     for split in ("train", "val"):
