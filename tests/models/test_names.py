@@ -3,6 +3,7 @@
 import json
 import re
 import warnings
+from pathlib import Path
 
 import huggingface_hub
 import pytest
@@ -100,6 +101,15 @@ def test_weights_of_a_file(base, connection, tmp_path):
     x = images(small.get("img_size", 64))
     assert torch.equal(ours(x), plain(x)) if connection == "dfc2" else distance(ours(x), plain(x)) < 1e-6
     assert ours.connection == connection
+
+
+def test_families_with_weights():
+    """The page names those that are compared above, and no other."""
+    page = (Path(__file__).parents[2] / "docs" / "index.md").read_text()
+    said = re.search(r"for (\d+) architectures, of (\d+)\nfamilies .*?: (.*?)\n\n", page, re.DOTALL)
+    families = {timm.model_entrypoint(base).__module__.rpartition(".")[2] for base in TAGGED}
+    assert re.findall(r"`(\w+)`", said[3]) == sorted(families)
+    assert (int(said[1]), int(said[2])) == (len(TAGGED), len(families))
 
 
 def test_weights_of_the_hub(tmp_path, monkeypatch):
