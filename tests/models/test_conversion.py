@@ -853,7 +853,7 @@ def used(connection):
 @pytest.mark.parametrize(
     ("build", "connection", "message"),
     [
-        (vit, "dhc", "connection must be 'residual' or one of"),
+        (vit, "dhc", "connection must be 'residual', "),
         (vit, "nope2", "got 'nope2'"),
         (vit, "dfc5", "got dim=48 and rate=5"),
         (lambda: vit("dhc2"), "dhc2", r"block 0 of this VisionTransformer has a connection already \(dhc2\)"),

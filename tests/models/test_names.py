@@ -251,7 +251,7 @@ def test_register_what_can_be():
         ),
         (("swin_*",), "register('swin_*') needs a connection, such as 'dhc2'"),
         (("swin_*", "residual"), "register('swin_*') needs a connection, such as 'dhc2', got 'residual'"),
-        (("swin_*", "dhx"), "connection must be 'residual' or one of "),
+        (("swin_*", "dhx"), "connection must be 'residual', "),
         ((f"{BASE}_dhc2", "dhc2"), f"what matches '{BASE}_dhc2' has connections already"),
         ((f"{BASE}_in21k", "dhc2"), f"no timm name matches '{BASE}_in21k': timm calls it {BASE}.{IN21K} now"),
     ],

@@ -414,7 +414,7 @@ def test_what_fits_is_kept(fake_times, monkeypatch, tmp_path):
         (["vit_tiny_patch16_223_dhc2"], {}, "unknown model 'vit_tiny_patch16_223_dhc2'; did you mean"),
         ([f"{VIT}.augreg_in21k"], {}, f"names weights, and none are loaded to measure it; give {VIT}"),
         ([f"{VIT}_dhc2"], {"connection": "dfc2"}, f"{VIT}_dhc2 has a connection already; give {VIT}, or no --conn"),
-        ([VIT], {"connection": "dhc"}, "connection must be 'residual' or one of"),
+        ([VIT], {"connection": "dhc"}, "connection must be 'residual', "),
         ([VIT, "resnet18"], {"connection": "dhc2", "model_args": {}}, "cannot convert a ResNet"),
         ([f"{VIT}_dfc5"], {}, "dim must be divisible by the frac rate, got dim=48 and rate=5"),
         ([VIT], {"model_args": {"dept": 2}}, "vit_tiny_patch16_224 does not take these model_args: .*'dept'"),

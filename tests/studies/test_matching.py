@@ -309,7 +309,7 @@ WRONG = [
         "match_time of more must be a variant with a length of its own, got residual-time",
     ),
     ({"variants": {"a": {"match_time": "dhc2", "connection": "residual"}, "dhc2": {}}}, "a is the first variant, "),
-    (twin(connection="dhc"), "connection must be 'residual' or one of"),
+    (twin(connection="dhc"), "connection must be 'residual', "),
     ({"timing_rounds": 0}, "match_time of residual-time needs step times; timing_rounds must be at least 1, got 0"),
     (twin(trainer={"max_steps": 3}), "time has its length from match_time; trainer.max_steps cannot be given too"),
     (twin(trainer={"max_epochs": 3}), "time has its length from match_time; trainer.max_epochs cannot be given too"),

@@ -257,7 +257,7 @@ def test_compile_keeps_keys_and_values(build, trainer_args, monkeypatch):
         ({"model": "vit_tiny_patch16_224_dch2"}, "unknown model .*did you mean vit_tiny_patch16_224_dhc2"),
         ({"opt": "adamww"}, "unknown opt 'adamww'; did you mean adamw"),
         ({"sched": "cosin"}, "unknown sched 'cosin'; did you mean cosine"),
-        ({"connection": "dhc"}, "connection must be 'residual' or one of"),
+        ({"connection": "dhc"}, "connection must be 'residual', "),
         ({"warmup_steps": 1, "warmup_epochs": 1}, "give warmup_steps or warmup_epochs"),
         ({"connection": "dhc2", "connection_backend": "cuda"}, "unknown connection_backend 'cuda'"),
         ({"connection_recompute": 2}, "recompute=2 needs a model with connections"),
