@@ -8,6 +8,7 @@ import pytorch_lightning as pl
 
 from hcvision.data import ImageData, check_name
 from hcvision.studies.calibration import Calibration
+from hcvision.studies.insight import StreamDiversity
 from hcvision.studies.measuring import PRECISIONS
 from hcvision.studies.probing import Protocol, check_data, collect
 from hcvision.studies.statistics import Metric
@@ -45,9 +46,18 @@ COLUMNS = {
         share("knn", "k-NN %"), f"k-NN: {MOST} nearest neighbours on frozen features, of all training images"
     ),
     "linear": Column(share("linear", "linear %"), "linear: a linear probe on frozen features"),
+    "rank": Column(
+        Metric("stream_rank", "rank", paired=False, is_optional=True),
+        "rank: effective rank of the streams in the end, 1 to as many as there are, mean over tokens",
+    ),
+    "cosine": Column(
+        Metric("stream_cosine", "cosine", digits=3, paired=False, is_optional=True),
+        "cosine: mean cosine between two streams in the end",
+    ),
 }
 CALIBRATED = ("ece", "scaled_ece", "brier")
 PROBED = ("knn", "linear")
+DIVERSE = ("rank", "cosine")
 
 
 def check_columns(names: Sequence[str], several_devices: bool) -> None:
@@ -56,9 +66,9 @@ def check_columns(names: Sequence[str], several_devices: bool) -> None:
         check_name("column", name, COLUMNS)
     if len({*names}) < len(names):
         raise ValueError(f"columns must be different ones, got {list(names)}")
-    probed = [name for name in names if name in PROBED]
-    if probed and several_devices:
-        raise ValueError(f"the columns {', '.join(probed)} need cells of one device each")
+    alone = [name for name in names if name in PROBED + DIVERSE]
+    if alone and several_devices:
+        raise ValueError(f"the columns {', '.join(alone)} need cells of one device each")
 
 
 def plan_probes(names: Sequence[str], seed: int) -> Protocol | None:
@@ -85,7 +95,7 @@ def validate_beside(
 
 def measure_columns(
     study: Any, variant: str, seed: int, module: Any, data: ImageData, metrics: dict[str, float], precision: str
-) -> dict[str, float]:
+) -> dict[str, float | None]:
     """What the columns of a ``Study`` want to know of a trained cell, by the names in results.csv.
 
     Args:
@@ -98,10 +108,15 @@ def measure_columns(
         precision: of its trainer, as Lightning calls it: images pass through the module in it.
     """
     names = study.columns
-    found = {"macro": metrics["val_macro"]} if "macro" in names else {}
+    found: dict[str, float | None] = {"macro": metrics["val_macro"]} if "macro" in names else {}
     if wanted := [name for name in CALIBRATED if name in names]:
         logged = validate_beside(study, variant, module, data, Calibration())
         found |= {name: logged[f"val_{name}"] for name in wanted}
+    if {*DIVERSE} & {*names}:
+        diversity = StreamDiversity()
+        validate_beside(study, variant, module, data, diversity)
+        values = {"rank": diversity.rank, "cosine": diversity.cosine}
+        found |= {COLUMNS[name].metric.name: values[name] for name in DIVERSE if name in names}
     if protocol := plan_probes(names, seed):
         precision = precision if precision in PRECISIONS else "32"
         train, held_out = (collect(module, data, split, study.device, precision) for split in ("train", "val"))

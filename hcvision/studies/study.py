@@ -83,7 +83,8 @@ class Study:
         timing_rounds: rounds of the interleaved step-time measurement; 0 leaves it out.
         jobs: cells that train at the same time, each in a process of its own on the same device; ``auto`` is as many
             as there are CPU cores for cells that train on a CPU, and one on a GPU.
-        columns: more columns of the report, measured when a cell ends: nll, ece, scaled_ece, brier, macro, knn, linear.
+        columns: more columns of the report, measured when a cell ends: nll, ece, scaled_ece, brier, macro, knn, linear,
+            rank, cosine.
 
     Raises:
         ValueError: an unknown variant, a change of something that is not there, a variant or seed named twice, or a

@@ -98,7 +98,7 @@ def make(image_folder, tiny, tmp_path):
             "model": {"model": "vit_tiny_patch16_224", "model_args": tiny, "lr": 1e-3, "ema_decay": 0.5},
             "data": {"root": str(image_folder), "batch_size": 8, "num_workers": 0},
             "trainer": {"max_epochs": 1, "accelerator": "cpu", "enable_progress_bar": False},
-            "timing_rounds": 0, "jobs": 1, "columns": ["nll", "ece", "scaled_ece", "brier", "macro", "knn", "linear"],
+            "timing_rounds": 0, "jobs": 1, "columns": [*COLUMNS],
         }  # fmt: skip
         return Study(**{**arguments, **kwargs})
 
@@ -129,6 +129,10 @@ def test_columns_are_measured_when_a_cell_ends(make, image_folder, tmp_path, mon
     assert result["knn"] == pytest.approx((voted == targets).double().mean().item())
     assert result["macro"] == pytest.approx(np.mean([right[targets == k].mean() for k in range(3)]))
     assert result["linear"] > 0.5
+    assert 1 <= result["stream_rank"] < 1.2  # they are hardly told apart yet
+    assert 0.9 < result["stream_cosine"] <= 1
+    residual = json.loads((out / "residual" / "seed3" / "result.json").read_text())
+    assert (residual["stream_rank"], residual["stream_cosine"]) == (1, None)
     (row,) = [row for row in csv.DictReader((out / "results.csv").read_text().splitlines()) if row["variant"] == "dhc2"]
     assert float(row["knn"]) == result["knn"]
     text = (out / "report.md").read_text()
@@ -136,12 +140,13 @@ def test_columns_are_measured_when_a_cell_ends(make, image_folder, tmp_path, mon
     assert "k-NN: 20 nearest neighbours on frozen features" in text
 
     monkeypatch.setattr(Study, "run_cell", lambda *_: pytest.fail("trained a finished cell again"))
+    measured = {*METRICS, "stream_rank", "stream_cosine"}
     for cell in out.glob("*/seed3/result.json"):
         known = json.loads(cell.read_text())
-        cell.write_text(json.dumps({name: value for name, value in known.items() if name not in METRICS}))
+        cell.write_text(json.dumps({name: value for name, value in known.items() if name not in measured}))
     report = make().run(say=lambda _: None).read_text()
     (line,) = [cells_of(line) for line in report.splitlines() if line.startswith("| dhc2 ")]
-    assert line.count("-") == 2 * 6
+    assert line.count("-") == 2 * 6 + 2
     assert "columns" not in (out / "study.json").read_text()
 
 

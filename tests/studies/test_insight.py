@@ -20,6 +20,7 @@ from hcvision.connections.streams import carry_unmixed
 from hcvision.data.module import ImageData
 from hcvision.models.stages import stages
 from hcvision.studies.insight.callback import LogConnections
+from hcvision.studies.insight.diversity import StreamDiversity, effective_rank, mean_cosine
 from hcvision.studies.insight.figures import draw_classes, draw_fractions, draw_matrix, draw_similarity, draw_streams
 from hcvision.studies.insight.inspection import inspect, write_stage
 from hcvision.studies.insight.notes import StageNotes
@@ -342,6 +343,11 @@ def test_notes_of_a_stage(tiny):
         assert row["cosine between streams"] == pytest.approx(
             (unit[..., 0, :] * unit[..., 1, :]).sum(-1).mean().item(), abs=1e-5
         )
+        p = torch.linalg.svdvals(h)
+        p = p / p.sum(-1, keepdim=True)
+        rank = (-p * p.log()).sum(-1).exp().mean().item()
+        assert row["effective rank"] == pytest.approx(rank, abs=1e-5)
+        assert 1 < rank < 2
     each = join_fractions(unfold([p.mixing for p in seen], by_image))
     mean, spread = notes.matrix()
     torch.testing.assert_close(mean, each.mean(0), rtol=0, atol=1e-12)
@@ -502,10 +508,45 @@ def test_similarity_as_drawn(tiny):
         close(given, looked.similarity())
 
 
+def test_effective_rank_by_hand():
+    """1 of equal streams and of zeros, S of orthogonal ones of a length; exp of the entropy of 3/4 and 1/4."""
+    one = torch.ones(3, 4) * torch.tensor([[1.0], [2.0], [-3.0]])
+    assert effective_rank(one).item() == pytest.approx(1, abs=1e-6)
+    assert effective_rank(0 * one).item() == 1
+    assert effective_rank(5 * torch.eye(3, 4)).item() == pytest.approx(3, abs=1e-6)
+    turn = torch.tensor([[0.6, 0.8], [-0.8, 0.6]], dtype=torch.float64)
+    rows = turn @ torch.tensor([[3.0, 0, 0], [0, 1.0, 0]], dtype=torch.float64)  # singular values 3 and 1
+    expected = (4 / 3) ** 0.75 * 4**0.25
+    assert effective_rank(torch.stack([rows, 7 * rows])).tolist() == pytest.approx([expected] * 2, abs=1e-12)
+    assert mean_cosine(one).item() == pytest.approx((1 - 1 - 1) / 3, abs=1e-6)
+
+
+def test_streams_in_the_end(tiny, trainer_args, image_folder):
+    """Means over all tokens of what is behind the last connection, whatever the batches; 1 without connections."""
+    for connection, size in (("dhc2", 8), ("dfc2", 39), (None, 8)):
+        model = ImageClassifier("vit_tiny_patch16_224", connection=connection, num_classes=3, model_args=tiny)
+        randomize(model.model, std=0.3)
+        data = ImageData(root=str(image_folder), batch_size=size, num_workers=0)
+        diversity = StreamDiversity()
+        pl.Trainer(**trainer_args, callbacks=[diversity]).validate(model, data, verbose=False)
+        if connection is None:
+            assert (diversity.rank, diversity.cosine) == (1, None)
+            continue
+        images = torch.cat([batch.images for batch in data.evaluation_loader("val", model.data_config)])
+        (blocks,) = stages(model.model)
+        notes = StageNotes(blocks)
+        with torch.no_grad(), watch(blocks, notes.note):
+            model.model.eval()(images)
+        last = notes.stream_rows()[-1]
+        assert diversity.rank == pytest.approx(last["effective rank"], abs=1e-4)
+        assert diversity.cosine == pytest.approx(last[f"cosine between {notes.part}s"], abs=1e-4)
+        assert not any("depth_connection" in vars(part) for block in blocks for part in block.children())
+
+
 def test_streams_as_drawn(tiny):
     notes, _ = noted("dhc2", tiny)
     rows = notes.stream_rows()
-    norms, alike = draw_streams(notes).axes
+    norms, alike, ranks = draw_streams(notes).axes
     for stream, line in enumerate(norms.lines):
         assert line.get_label() == f"stream {stream}"
         assert [*line.get_xdata()] == [0, 1, 2, 3, 4]
@@ -514,7 +555,8 @@ def test_streams_as_drawn(tiny):
     known = [row["cosine between streams"] for row in rows if row["stream"] == 0]
     close(line.get_ydata(), known)
     assert [*line.get_xdata()] == [0, 1, 2, 3, 4]
-    for axes in (norms, alike):
+    close(ranks.lines[0].get_ydata(), [row["effective rank"] for row in rows if row["stream"] == 0])
+    for axes in (norms, alike, ranks):
         assert labels_of(axes, "x")[0] == [*notes.names, "end"]
 
 

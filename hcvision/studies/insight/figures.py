@@ -105,12 +105,16 @@ def draw_similarity(stage: StageNotes, twin: StageNotes | None) -> Figure:
 
 
 def draw_streams(stage: StageNotes) -> Figure:
-    """The norm of each stream over depth, and how alike two streams are."""
+    """The norm of each stream over depth, how alike two streams are, and how many directions all point to."""
     rows = stage.stream_rows()
     places = [*stage.names, "end"]
     part = stage.part
-    alike = {row["before"]: row[f"cosine between {part}s"] for row in rows}
-    panels = 2 if any(value is not None for value in alike.values()) else 1
+    shared = {
+        f"mean cosine between two {part}s": {row["before"]: row[f"cosine between {part}s"] for row in rows},
+        f"effective rank of the {part}s": {row["before"]: row["effective rank"] for row in rows},
+    }
+    shared = {label: values for label, values in shared.items() if any(v is not None for v in values.values())}
+    panels = 1 + len(shared)
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(max(5, 1.5 + 0.24 * len(places)) * panels, 4), layout="constrained")
         norms, *rest = figure.subplots(1, panels, squeeze=False)[0]
@@ -122,11 +126,14 @@ def draw_streams(stage: StageNotes) -> Figure:
         norms.set_ylabel(f"mean norm of a {part}")
         norms.set_ylim(bottom=0)
         norms.legend(frameon=False)
-        for axes in rest:
-            known = [(places.index(place), value) for place, value in alike.items() if value is not None]
+        for axes, (label, values) in zip(rest, shared.items(), strict=True):
+            known = [(places.index(place), value) for place, value in values.items() if value is not None]
             axes.plot(*zip(*known, strict=True), marker=".", color=OURS)
-            axes.set_ylabel(f"mean cosine between two {part}s")
-            axes.set_ylim(min(0.0, *(value for _, value in known)) - 0.02, 1.02)
+            axes.set_ylabel(label)
+            if "cosine" in label:
+                axes.set_ylim(min(0.0, *(value for _, value in known)) - 0.02, 1.02)
+            else:
+                axes.set_ylim(0.95, len({row[part] for row in rows}) + 0.05)
         for axes in (norms, *rest):
             axes.set_xticks(range(len(places)), places, rotation=90)
             color_labels(axes, "x", places)

@@ -59,8 +59,9 @@ def inspect(
 
     Writes CSV and PNG, for each stage of the model: matrix (the unfolded connection matrix, mean and spread over
     images), fractions (the same, fractions of frac-connections apart), similarity (cosine between the inputs of
-    successive sub-layers), streams (norms, and the cosine between streams), mixing and gains (the mixing matrices of
-    streams, their product over depth, and what these can gain), weights and classes (dynamic weights).
+    successive sub-layers), streams (norms, the cosine between streams, their effective rank), mixing and gains (the
+    mixing matrices of streams, their product over depth, and what these can gain), weights and classes (dynamic
+    weights).
 
     Args:
         checkpoint: a run's folder (its best checkpoint, or its last) or a checkpoint; diffusion models work too.
@@ -199,7 +200,9 @@ def summarize(notes: list[StageNotes], twins: list[StageNotes]) -> list[str]:
         lines.append(text)
         if stage.likeness[-1]:
             alike = torch.cat(stage.likeness[-1]).mean()
-            lines.append(f"{where}two {stage.part}s have a mean cosine of {alike:.3f} at the end")
+            rank, count = torch.cat(stage.ranks[-1]).mean(), stage.norms[-1][0].shape[1]
+            text = f"{where}two {stage.part}s have a mean cosine of {alike:.3f} at the end"
+            lines.append(f"{text}, and the effective rank of all {count} is {rank:.2f}")
         if stage.mixes:
             forward, backward = torch.cat(stage.gains[-1]).mean(0)[2:].tolist()
             lines.append(f"{where}mixing over all depth can gain {forward:.2f} forward and {backward:.2f} back")

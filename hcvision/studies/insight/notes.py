@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from hcvision.studies.insight.diversity import effective_rank, mean_cosine
 from hcvision.studies.insight.unfolding import (
     Mixing,
     Passage,
@@ -33,6 +34,7 @@ class StageNotes:
         self.cosines: list[list[Tensor]] = [[] for _ in self.names[1:]]  # of the inputs of sub-layers k and k + 1
         self.norms: list[list[Tensor]] = [[] for _ in [*self.names, "end"]]  # (B, S) each
         self.likeness: list[list[Tensor]] = [[] for _ in [*self.names, "end"]]  # (B,) each, cosine between two streams
+        self.ranks: list[list[Tensor]] = [[] for _ in [*self.names, "end"]]  # (B,) each, effective rank of the streams
         self.alphas: list[list[Tensor]] = [[] for _ in self.names]  # (B, S, V+S) each
         self.betas: list[list[Tensor]] = [[] for _ in self.names]  # (B, S) or (B, S, V) each
         self.product = torch.empty(0)
@@ -78,10 +80,9 @@ class StageNotes:
     def note_streams(self, k: int, streams: Tensor) -> None:
         streams = streams.float().flatten(1, -3)
         self.norms[k].append(streams.norm(dim=-1).mean(1).cpu())
-        count = streams.shape[-2]
-        if count > 1:  # the sum of all pairs is the square of the sum
-            together = F.normalize(streams, dim=-1).sum(-2).square().sum(-1)
-            self.likeness[k].append(((together - count) / (count * (count - 1))).mean(1).cpu())
+        if streams.shape[-2] > 1:
+            self.likeness[k].append(mean_cosine(streams).mean(1).cpu())
+            self.ranks[k].append(effective_rank(streams).mean(1).cpu())
 
     @property
     def fractions(self) -> Tensor:
@@ -99,14 +100,15 @@ class StageNotes:
         return torch.stack([torch.cat(values).quantile(levels) for values in self.cosines])
 
     def stream_rows(self) -> list[dict[str, Any]]:
-        """Per place in depth: the mean norm of each stream, and how alike two streams are (cosine)."""
+        """Per place in depth: the mean norm of each stream, how alike two are (cosine), and their effective rank."""
         rows = []
-        for place, norms, likeness in zip([*self.names, "end"], self.norms, self.likeness, strict=True):
+        places = zip([*self.names, "end"], self.norms, self.likeness, self.ranks, strict=True)
+        for place, norms, likeness, ranks in places:
             mean = torch.cat(norms).mean(0)
-            alike = float(torch.cat(likeness).mean()) if likeness else None
+            alike, rank = (float(torch.cat(part).mean()) if part else None for part in (likeness, ranks))
+            about = {f"cosine between {self.part}s": alike, "effective rank": rank}
             rows += [
-                {"before": place, self.part: stream, "norm": float(norm), f"cosine between {self.part}s": alike}
-                for stream, norm in enumerate(mean)
+                {"before": place, self.part: stream, "norm": float(norm)} | about for stream, norm in enumerate(mean)
             ]
         return rows
 
