@@ -10,6 +10,7 @@ import pytorch_lightning as pl
 import timm
 import torch
 from pytorch_lightning.callbacks import EMAWeightAveraging, ModelCheckpoint
+from pytorch_lightning.strategies import ModelParallelStrategy
 from timm.data import resolve_model_data_config
 from timm.models import get_model_input_config
 from timm.optim import list_optimizers
@@ -21,7 +22,7 @@ from hcvision.training.checkpoints import finish_epoch
 from hcvision.training.connections import choose_backend, connection_parameters, freeze_connections
 from hcvision.training.finite import FiniteCheck
 from hcvision.training.optimization import SCHEDULES, OptimizedModule
-from hcvision.training.sharding import hold_whole, number_by_module, shard
+from hcvision.training.sharding import AverageInParts, hold_whole, number_by_module, shard
 from hcvision.training.weights import (
     compare_classes,
     compare_states,
@@ -242,7 +243,8 @@ class TimmModule(OptimizedModule):
 
     def configure_callbacks(self) -> list[pl.Callback]:
         decay = self.hparams["ema_decay"]
-        return [] if decay is None else [EMAWeightAveraging(decay=decay)]
+        in_parts = isinstance(self.trainer.strategy, ModelParallelStrategy)
+        return [] if decay is None else [(AverageInParts if in_parts else EMAWeightAveraging)(decay=decay)]
 
     def setup(self, stage: str) -> None:
         if isinstance(self.data, ImageData):

@@ -13,7 +13,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 import hcvision
+from hcvision.training.checkpoints import read_checkpoint
 from hcvision.training.connections import choose_backend
+from hcvision.training.loading import load_module
 from hcvision.training.sharding import shard
 from hcvision_command import main
 
@@ -26,6 +28,8 @@ STRATEGIES = {
         "--data.eval_batch_size=19",  # of 39 images: two batches for one process, one for the other
     ),
 }  # fmt: skip
+
+AVERAGED = ("--model.ema_decay=0.8", "--model.opt=sgd", "--model.lr=0.1")  # AdamW would enlarge what is rounding alone
 
 
 def fit(run, strategy, epochs, *more):
@@ -65,20 +69,48 @@ def test_a_run_goes_on_with_other_processes(whole, image_folder, tmp_path, befor
     assert len(whole) == 2
 
 
+@pytest.fixture(scope="module")
+def averaged(image_folder, tmp_path_factory):
+    """Losses and the last checkpoint of a run of one process with averaged weights."""
+    run = tmp_path_factory.mktemp("averaged") / "run"
+    fit(run, "one", 2, f"--data.root={image_folder}", *AVERAGED)
+    return losses(run), read_checkpoint(run / "checkpoints" / "last.ckpt")
+
+
+@pytest.mark.parametrize(("before", "after"), [("one", "sharded"), ("sharded", "one")])
+def test_averaged_weights_in_parts(averaged, image_folder, tmp_path, before, after):
+    """FSDP2 evaluates with the average, and keeps it, as one process does; each goes on with what the other wrote."""
+    expected, last = averaged
+    for strategy, epochs in ((before, 1), (after, 2)):
+        fit(tmp_path / "run", strategy, epochs, f"--data.root={image_folder}", *AVERAGED)
+    found = losses(tmp_path / "run")
+    assert found == pytest.approx(expected, rel=1e-5)
+    state = read_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")
+    assert state["averaging_state"] == last["averaging_state"] == {"n_averaged": 18}
+    for name in ("state_dict", "current_model_state"):
+        assert state[name].keys() == last[name].keys()
+        for key, value in last[name].items():
+            torch.testing.assert_close(
+                state[name][key], value, rtol=1e-5, atol=1e-6, msg=lambda m, key=key: f"{key}: {m}"
+            )
+    moved = [(last["state_dict"][key] - value).abs().max() for key, value in last["current_model_state"].items()]
+    assert max(moved) > 1e-3  # the two are not the same
+    module, _ = load_module(tmp_path / "run" / "checkpoints" / "last.ckpt")
+    assert torch.equal(module.model.norm.weight, state["state_dict"]["model.norm.weight"])
+
+
 @pytest.mark.parametrize(
-    ("tensor", "several_files", "decay", "message"),
+    ("tensor", "several_files", "message"),
     [
-        (2, False, None, "data_parallel_size must be 4 and tensor_parallel_size 1, got 2 and 2"),
-        (1, True, None, "save_distributed_checkpoint must be false"),
-        (1, False, 0.99, "ema_decay does not work with ModelParallelStrategy"),
+        (2, False, "data_parallel_size must be 4 and tensor_parallel_size 1, got 2 and 2"),
+        (1, True, "save_distributed_checkpoint must be false"),
     ],
 )
-def test_what_does_not_work_with_sharded_weights(tensor, several_files, decay, message):
+def test_what_does_not_work_with_sharded_weights(tensor, several_files, message):
     sizes = {"data_parallel": 2, "tensor_parallel": tensor}
     module = SimpleNamespace(
         device_mesh={name: SimpleNamespace(size=lambda size=size: size) for name, size in sizes.items()},
         trainer=SimpleNamespace(strategy=SimpleNamespace(_save_distributed_checkpoint=several_files)),
-        hparams={"ema_decay": decay},
     )
     with pytest.raises(ValueError, match=message):
         shard(module, nn.Identity())
