@@ -4,6 +4,7 @@
     python benchmarks/connections.py --variants dhc2 textbook-dhc2 peer-dhc2 --rounds 20 --json dhc2.json
     python benchmarks/connections.py --variants dfc4 dhc2 dhc4 --compile
     python benchmarks/connections.py --variants mhc4 ihc4 ghc2x3
+    python benchmarks/connections.py --variants sihc4 gr4 oru laurel mhclite4 krom4
     python benchmarks/connections.py --device cuda --dtype bfloat16 --batch 128
 
 What: one step (forward and backward) of 12 timm blocks of width 384 with 6 heads on 8 x 197 tokens,
@@ -25,6 +26,7 @@ parameters aside: the same on every machine. CUDA adds milliseconds and the peak
 import argparse
 import copy
 import gc
+import itertools
 import json
 import math
 import statistics
@@ -112,6 +114,9 @@ class Textbook(nn.Module):
 
     def connect(self, c: StreamConnection, x: Tensor, branch: nn.Module) -> Tensor:
         h = x.unflatten(-1, (c.streams, c.stream_dim))
+        rival = RIVALS.get(parse_connection(c.name)[0])
+        if rival is not None:
+            return rival(c, h, branch).flatten(-2)
         alpha, beta = (manifold_weights if isinstance(c, ManifoldConnection) else mixing_weights)(c, h)
         views, carried = (alpha.mT @ h).split((c.views, c.streams), dim=-2)
         output = branch(views.flatten(-2)).unflatten(-1, (c.views, c.stream_dim))
@@ -139,11 +144,69 @@ def manifold_weights(c: Any, h: Tensor) -> tuple[Tensor, Tensor]:
     write = 2 * torch.sigmoid(c.scale_post * (x @ c.phi_post) + c.bias_post)
     mixing = torch.eye(c.streams, dtype=h.dtype, device=h.device).expand(*read.shape, -1)
     if c.mixes:
-        mixing = (c.scale_res * (x @ c.phi_res) + c.bias_res).unflatten(-1, (c.streams, c.streams)).exp()
-        for _ in range(ITERATIONS):
-            for dim in (-2, -1):
-                mixing = mixing / mixing.sum(dim, keepdim=True)
+        mixing = MIXINGS[parse_connection(c.name)[0]](c.scale_res * (x @ c.phi_res) + c.bias_res, c.streams)
     return torch.cat([read[..., None], mixing.mT], dim=-1), write
+
+
+def sinkhorn(logits: Tensor, count: int) -> Tensor:
+    mixing = logits.unflatten(-1, (count, count)).exp()
+    for _ in range(ITERATIONS):
+        for dim in (-2, -1):
+            mixing = mixing / mixing.sum(dim, keepdim=True)
+    return mixing
+
+
+def mix_permutations(logits: Tensor, count: int) -> Tensor:
+    """mHC-lite."""
+    eye = torch.eye(count, dtype=logits.dtype, device=logits.device)
+    matrices = torch.stack([eye[list(order)] for order in itertools.permutations(range(count))])
+    return torch.einsum("...r,rij->...ij", logits.softmax(-1), matrices)
+
+
+def mix_factors(logits: Tensor, count: int) -> Tensor:
+    """KromHC, eq. 10 and 14."""
+    weights = logits.unflatten(-1, (-1, 2)).softmax(-1)
+    product = weights.new_ones(*weights.shape[:-2], 1, 1)
+    for pair in weights.unbind(-2):
+        factor = torch.stack([pair, pair.flip(-1)], dim=-2)
+        product = torch.einsum("...ab,...cd->...acbd", product, factor).flatten(-2).flatten(-3, -2)
+    return product
+
+
+MIXINGS = {"mhc": sinkhorn, "mhclite": mix_permutations, "krom": mix_factors}
+
+
+def channelwise(c: Any, h: Tensor, branch: nn.Module) -> Tensor:
+    """SiHC."""
+    return h + c.write_weight * branch((c.read_weight * h).sum(-2))[..., None, :]
+
+
+def gated(c: Any, h: Tensor, branch: nn.Module) -> Tensor:
+    """GR, eq. 30-34."""
+    normed = F.rms_norm(h, (c.dim,), eps=1e-6).flatten(-2)
+    gates = 2 * torch.sigmoid(F.silu(normed @ c.gate_down.mT / c.streams) @ c.gate_up.mT)
+    output = branch((c.gain * gates.unflatten(-1, (c.streams, c.dim)) * h).sum(-2))
+    return h + 2 * torch.sigmoid(normed @ c.write_fn.mT / c.streams)[..., None] * output[..., None, :]
+
+
+def orthogonal(c: Any, h: Tensor, branch: nn.Module) -> Tensor:
+    """ORU."""
+    output = branch(h.squeeze(-2))[..., None, :]
+    return h + output - (h * output).sum(-1, keepdim=True) / (h.square().sum(-1, keepdim=True) + 1e-6) * h
+
+
+def laurel(c: Any, h: Tensor, branch: nn.Module) -> Tensor:
+    """LAuReL, eq. 5."""
+    alpha, beta = 2 * torch.sigmoid(c.logit_alpha), 2 * torch.sigmoid(c.logit_beta)
+    return alpha * branch(h.squeeze(-2))[..., None, :] + beta * (h @ c.low_rank_a.mT @ c.low_rank_b.mT + h)
+
+
+RIVALS: dict[str, Callable[[Any, Tensor, nn.Module], Tensor]] = {
+    "sihc": channelwise,
+    "gr": gated,
+    "oru": orthogonal,
+    "laurel": laurel,
+}
 
 
 def library_trunk(model: VisionTransformer) -> nn.Module:

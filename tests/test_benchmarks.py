@@ -46,7 +46,25 @@ def clock(monkeypatch):
 # connections.py
 
 
-@pytest.mark.parametrize("name", ["dfc4", "dhc2", "dhc4", "shc2", "sfc2", "recompute-dhc4", "recompute-dfc2"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "dfc4",
+        "dhc2",
+        "dhc4",
+        "shc2",
+        "sfc2",
+        "recompute-dhc4",
+        "recompute-dfc2",
+        "sihc3",
+        "gr2",
+        "oru",
+        "laurel",
+        "mhclite4",
+        "krom4",
+        "recompute-sihc2",
+    ],
+)
 def test_values(name):
     """The library equals the textbook in float64."""
     assert benchmark.check_values(name, benchmark.SMALL) < benchmark.TOLERANCE

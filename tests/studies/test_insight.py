@@ -200,6 +200,22 @@ def test_mixing_and_its_product(kind, tiny, tmp_path):
     assert (tmp_path / "mixing.png").exists()
 
 
+@pytest.mark.parametrize("kind", ["oru", "laurel"])
+def test_files_of_one_stream(kind, tiny, tmp_path):
+    """No mixing to show; weights of what is carried, read and written, of oru as its tokens came to."""
+    model = build(kind, tiny)
+    stage, seen = StageNotes(model.blocks), []
+    with watch(model.blocks, stage.note), watch(model.blocks, seen.append), torch.no_grad():
+        model(images())
+    write_stage(tmp_path, stage, None, torch.tensor([0, 1, 1, 0]), ["a", "b"])
+    assert not (tmp_path / "mixing.csv").exists()
+    assert (tmp_path / "matrix.png").exists()
+    if kind == "oru":
+        x, output = seen[2].streams[:, :, 0], seen[2].output[:, :, 0]
+        along = (x * output).sum(-1) / (x.square().sum(-1) + 1e-6)
+        torch.testing.assert_close(stage.alphas[2][0][:, 0, 1], 1 - along.mean(1).float(), rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("kind", [None, "shc1", "dhc2", "dhc4", "sfc4", "dfc2", "ghc2x3"])
 def test_at_init_every_model_is_residual(kind, tiny):
     model = hcvision.create_model("vit_tiny_patch16_224", kind, num_classes=5, **tiny)
