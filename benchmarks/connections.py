@@ -4,7 +4,7 @@
     python benchmarks/connections.py --variants dhc2 textbook-dhc2 peer-dhc2 --rounds 20 --json dhc2.json
     python benchmarks/connections.py --variants dfc4 dhc2 dhc4 --compile
     python benchmarks/connections.py --variants mhc4 ihc4 ghc2x3
-    python benchmarks/connections.py --variants sihc4 gr4 oru laurel mhclite4 krom4
+    python benchmarks/connections.py --variants sihc4 gr4 oru laurel mhclite2 krom4
     python benchmarks/connections.py --device cuda --dtype bfloat16 --batch 128
 
 What: one step (forward and backward) of 12 timm blocks of width 384 with 6 heads on 8 x 197 tokens,
