@@ -37,6 +37,7 @@ class Connection(nn.Module):
 
     copies: int  # of x that are entered, 1 where x is its own streams
     undecayed: tuple[str, ...] = ()  # parameters that must not decay
+    has_entry = False  # whether ``enter`` has parameters
     has_exit = False  # whether ``leave`` has parameters
     starts_as_residual = True  # whether it is the residual add at its initial values
 

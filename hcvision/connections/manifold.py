@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from hcvision.connections import layout, reference, steps
-from hcvision.connections.base import check_count
+from hcvision.connections.base import check_count, expand_streams
+from hcvision.connections.entry import ENTRIES, ScaledCopies
 from hcvision.connections.functions import skip_binding
 from hcvision.connections.modes import needs_operations
 from hcvision.connections.streams import StreamConnection
@@ -28,7 +29,8 @@ class ManifoldConnection(StreamConnection):
     ``sinkhorn(8 I)``, which keeps all but 0.1 % of a stream (n = 4), and the read takes (1 + 1/n) / 2 of stream
     layer_index mod n and 1 / 2n of each other: 1 in all. As long as the streams are equal, as they are in a converted
     model, each is the residual stream, up to rounding (relative 1e-6 in float32). Reads of 1/n each would be that,
-    too, but then all streams get the same gradients and stay equal for good: one stream, whatever n.
+    too, but then all streams get the same gradients and stay equal for good: one stream, whatever n. With ``entry``
+    ``scaled`` streams start different, and reads are 1/n each; see ``ScaledCopies``.
 
     It costs parameters, dim * n * (n^2 + 2n) a sub-layer, about 4 % of a ViT-S at n = 4, since the
     weights see all streams at once.
@@ -40,9 +42,10 @@ class ManifoldConnection(StreamConnection):
         backend: ``auto``, ``torch``, ``triton`` or ``native``, in which the write is a kernel, or an error; see
             ``HyperConnection``.
         time_dim: width D of a time embedding that the coefficients see too, None for none; see ``TimeTerm``.
+        entry: ``copies``, streams start equal; or ``scaled``.
 
     Raises:
-        ValueError: rate < 2 (sigmoid < 1 cannot read all of one stream), layer_index < 0, an unknown backend.
+        ValueError: rate < 2 (sigmoid < 1 cannot read all of one stream), layer_index < 0, an unknown backend or entry.
     """
 
     if TYPE_CHECKING:
@@ -50,7 +53,7 @@ class ManifoldConnection(StreamConnection):
         def __getattr__(self, name: str) -> Any: ...
 
     parts = {"width": ("_pre", "_res"), "depth": ("_post",)}  # noqa: RUF012
-    undecayed = tuple(f"{what}_{part}" for what in ("scale", "bias") for part in ("pre", "post", "res"))
+    undecayed = (*(f"{what}_{part}" for what in ("scale", "bias") for part in ("pre", "post", "res")), "scaled.scale")
     dynamic = True
 
     def __init__(
@@ -61,12 +64,17 @@ class ManifoldConnection(StreamConnection):
         *,
         backend: str = "auto",
         time_dim: int | None = None,
+        entry: str = "copies",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
         check_count("rate", rate, 2)
         check_count("layer_index", layer_index, 0)
+        if entry not in ENTRIES:
+            raise ValueError(f"entry must be {' or '.join(ENTRIES)}, got {entry!r}")
         super().__init__(dim, rate, rate, 1, layer_index, backend)
+        self.entry, self.has_entry = entry, entry == "scaled"
+        self.scaled: Any = nn.Identity()
         sizes = {"pre": rate, "post": rate}
         if self.mixes:
             sizes["res"] = len(self.first_mixing())
@@ -91,11 +99,29 @@ class ManifoldConnection(StreamConnection):
         """Set every parameter to its initial value."""
         for name, parameter in self.named_parameters():
             parameter.fill_(0.01 if name.startswith("scale") else 0.0)
-        read = torch.full((self.rate,), 0.5 / self.rate)
-        read[self.layer_index % self.rate] += 0.5
+        read = torch.full((self.rate,), 1 / self.rate)
+        if not self.has_entry:
+            read /= 2
+            read[self.layer_index % self.rate] += 0.5
         self.bias_pre.copy_(read.logit())
+        if isinstance(self.scaled, ScaledCopies):
+            self.scaled.reset_parameters()
         if self.mixes:
             self.bias_res.copy_(self.first_mixing())
+
+    @torch.jit.ignore
+    def place_entry(self, wanted: bool) -> None:
+        """Make the scales in front of the first sub-layer, or take them away; what is there and wanted stays."""
+        if not wanted:
+            self.scaled = nn.Identity()
+        elif isinstance(self.scaled, nn.Identity):
+            self.scaled = ScaledCopies(self.dim, self.rate, self.bias_pre.device, self.bias_pre.dtype)
+
+    def enter(self, x: Tensor, rate: int) -> Tensor:
+        """The streams of x, (..., dim) -> (..., n * dim): copies, or scaled ones; x itself at a rate of 1."""
+        if self.has_entry and rate > 1:
+            return self.scaled(x)
+        return expand_streams(x, rate)
 
     def rule(self) -> Tuple[List[Tensor], List[Tensor], List[Tensor]]:
         """phi, the scales and the biases: of the read, of the write, of the mixing."""

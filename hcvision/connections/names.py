@@ -68,7 +68,8 @@ def build_connection(name: str, dim: int, layer_index: int = 0, **options) -> "C
         dim: width of the model (timm's embed_dim).
         layer_index: index of the sub-layer, counted from 0 over attention and MLP alike.
         **options: keyword arguments of the class: ``tanh``, ``norm``, ``backend``, ``device``, ``dtype``, and
-            for hyper-connections ``arrangement``. ``residual`` has no parameter and ignores them.
+            for hyper-connections ``arrangement``, for mHC and its kin ``entry``. ``residual`` has no parameter and
+            ignores them.
 
     Raises:
         ValueError: an unknown name, a dim that the frac rate does not divide, an option out of range.

@@ -61,6 +61,8 @@ def place_borders(model: Any) -> None:
             block.exit_rate = 1 if goes_on or left_behind else rate
             block.restores_dtype = not goes_on and own[-1].stream_dtype is not None
             for connection in own:
+                if connection.has_entry:
+                    connection.place_entry(connection is own[0] and block.entry_rate > 1)
                 if connection.has_exit:
                     connection.place_exit(connection is own[-1] and block.exit_rate > 1)
         if family.exit and any(rate > 1 for rate, *_ in carried):

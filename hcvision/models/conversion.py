@@ -89,7 +89,7 @@ def convert(
         recompute: compute the streams again in backward, from every so many blocks; see ``recompute_streams``.
         stream_dtype: store the streams in this type; see ``set_stream_dtype``.
         time: let the coefficients see the time embedding of a DiT too, from zero on; of HC, FC, mHC and iHC.
-        **options: options of ``build_connection``: ``tanh``, ``norm``, ``arrangement``, ``backend``.
+        **options: options of ``build_connection``: ``tanh``, ``norm``, ``arrangement``, ``entry``, ``backend``.
 
     Returns:
         The same model object.
@@ -273,7 +273,7 @@ def is_residual(connection: Any) -> bool:
     )
 
 
-OPTIONS = {"tanh": True, "norm": True, "arrangement": "sequential", "time": False}
+OPTIONS = {"tanh": True, "norm": True, "arrangement": "sequential", "time": False, "entry": "copies"}
 
 
 def list_conversions(model: Any) -> list[dict[str, Any]]:

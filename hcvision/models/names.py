@@ -87,7 +87,7 @@ def register_name(base: str, connection: str) -> str:
     """Register ``<base>_<connection>`` with timm, unless it is there, and return that name.
 
     The new entrypoint takes what the one of ``base`` takes, and ``connection_blocks``,
-    ``connection_tanh``, ``connection_norm``, ``connection_arrangement``, ``connection_backend``,
+    ``connection_tanh``, ``connection_norm``, ``connection_arrangement``, ``connection_entry``, ``connection_backend``,
     ``connection_recompute``, ``connection_stream_dtype``, ``connection_time`` for ``convert``.
     ``connection_more`` is a list of further calls of ``convert``, each a dict of its arguments.
 
@@ -264,8 +264,9 @@ def create_model(name: str, connection: str | None = None, *, pretrained: bool =
         pretrained: load the weights of ``name``; connections start at their initial values, unless the
             folder brings them.
         **kwargs: everything ``timm.create_model`` takes, and ``connection_blocks``,
-            ``connection_tanh``, ``connection_norm``, ``connection_arrangement``, ``connection_backend``,
-            ``connection_recompute``, ``connection_stream_dtype``, ``connection_time`` for ``convert``.
+            ``connection_tanh``, ``connection_norm``, ``connection_arrangement``, ``connection_entry``,
+            ``connection_backend``, ``connection_recompute``, ``connection_stream_dtype``, ``connection_time`` for
+            ``convert``.
 
     Raises:
         ValueError: an unknown connection, or a model that cannot be converted.

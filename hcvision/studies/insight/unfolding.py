@@ -26,6 +26,7 @@ class Mixing:
     enters: bool  # streams were entered before it
     leaves: bool  # and are left behind it
     by_channel: bool = False  # every channel has weights of its own
+    entry: Tensor | None = None  # (E, S), how much of x each stream has where it was entered, None for all of it
 
     @property
     def streams(self) -> int:
@@ -103,7 +104,8 @@ def _wrap(connection: Any, previous: Any, note: Callable[[Passage], None], enter
         parts = [part.detach().unflatten(-1, (-1, size)) for part in (streams, view, branch_output, after)]
         alpha, beta = connection.whole_weights(*carried[:3], branch_output)
         by_channel = alpha.dim() > carried[0].dim()
-        note(Passage(Mixing(alpha.detach(), beta.detach(), enters, leaves, by_channel), *parts))
+        entry = connection.scaled.scale.detach().mT.to(alpha.dtype) if enters and connection.has_entry else None
+        note(Passage(Mixing(alpha.detach(), beta.detach(), enters, leaves, by_channel, entry), *parts))
         return after
 
     def join(branch_output: Tensor, carried: Any, *time: Tensor | None) -> Any:
@@ -122,7 +124,7 @@ def unfold(mixings: list[Mixing], reduce: Callable[[Tensor], Tensor] = lambda ro
     Source 0 is the embedding, source j the output of sub-layer j - 1; the last row is the read-out, the mean over
     copies (GHC has a linear map there, which no such matrix holds). The views of a frac-connection are the fractions of
     the hidden state, of sources too; hyper-connections have one view. Where every channel has weights of its own
-    (SiHC), channels are one more axis behind those of the tokens::
+    (SiHC), or streams are entered with a scale for each, channels are one more axis behind those of the tokens::
 
         input[k, v] = sum_jq c[k, v, j, q] * source[j, q]
 
@@ -140,17 +142,20 @@ def unfold(mixings: list[Mixing], reduce: Callable[[Tensor], Tensor] = lambda ro
     if any(mixing.views != views for mixing in mixings):
         counts = sorted({mixing.views for mixing in mixings})
         raise ValueError(f"sub-layers with {' and '.join(map(str, counts))} views have no matrix in common")
-    if any(mixing.by_channel for mixing in mixings):
+    if any(mixing.by_channel or mixing.entry is not None for mixing in mixings):
         mixings = [mixing.with_channels() for mixing in mixings]
     alpha = mixings[0].alpha
     fraction = _fractions(mixings[0])  # that each stream holds
-    places = torch.broadcast_shapes(*(mixing.alpha.shape[:-2] for mixing in mixings))
+    entries = [mixing.entry.shape[:-1] for mixing in mixings if mixing.entry is not None]
+    places = torch.broadcast_shapes(*(mixing.alpha.shape[:-2] for mixing in mixings), *entries)
     state = alpha.new_zeros(*places, len(fraction), sources, views)
     state[..., torch.arange(len(fraction)), 0, fraction] = 1
     rows = []
     for k, mixing in enumerate(mixings):
         if mixing.enters and k:
             state = state[..., _fractions(mixing), :, :]
+        if mixing.entry is not None:
+            state = state * mixing.entry[..., None, None]
         with torch.autocast(alpha.device.type, enabled=False):
             mixed = torch.einsum("...sm,...sjq->...mjq", mixing.alpha, state)
         rows.append(reduce(mixed[..., :views, :, :]))
