@@ -124,18 +124,25 @@ def split_transform(transform: Callable) -> tuple[Callable, transforms.Normalize
 
 @dataclass
 class Batch:
-    """What the workers hand over: images (B, C, H, W), targets (B,) or (B, K), and what was bad among them."""
+    """What the workers hand over: images (B, C, H, W), targets (B,) or (B, K), and what was bad among them.
+
+    Of latents with stored features of an encoder these too, (B, F, h, w), where they are wanted.
+    """
 
     images: Tensor
     targets: Tensor
     bad: list[BadImage]
+    features: Tensor | None = None
 
 
-def collate(samples: list[tuple[Tensor, int | Tensor] | BadImage]) -> Batch:
+def collate(samples: list[Any]) -> Batch:
+    """Samples of an image and a target each, or of features too, or bad ones."""
     good = [sample for sample in samples if not isinstance(sample, BadImage)]
-    images = torch.stack([image for image, _ in good]) if good else torch.empty(0)
-    targets = torch.stack([torch.as_tensor(target) for _, target in good]) if good else torch.empty(0, dtype=torch.long)
-    return Batch(images, targets, [sample for sample in samples if isinstance(sample, BadImage)])
+    images = torch.stack([sample[0] for sample in good]) if good else torch.empty(0)
+    targets = [torch.as_tensor(sample[1]) for sample in good]
+    features = torch.stack([sample[2] for sample in good]) if good and len(good[0]) > 2 else None
+    bad = [sample for sample in samples if isinstance(sample, BadImage)]
+    return Batch(images, torch.stack(targets) if good else torch.empty(0, dtype=torch.long), bad, features)
 
 
 def keep_a_bit(transform: Any) -> None:

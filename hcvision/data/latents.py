@@ -10,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.utils.data import Dataset
 
+SAME = ("vae", "image_size", "classes", "shards", "encoder")  # in all shards
 LATENT_FORMAT = "hcvision-latents-1"
 
 
@@ -34,11 +35,12 @@ class LatentShards:
                 raise FileNotFoundError(f"the shard {path} is missing; there must be {first['shards']}")
         self.classes: list[str] = json.loads(first["classes"])
         self.vae = first["vae"]
+        self.encoder: str | None = first.get("encoder")  # whose features are stored beside the latents
         self.targets: list[int] = []
         self.places: list[tuple[int, int]] = []
         for number, path in enumerate(self.paths):
             about = self.header(path)
-            differing = next((k for k in ("vae", "image_size", "classes", "shards") if about[k] != first[k]), None)
+            differing = next((k for k in SAME if about.get(k) != first.get(k)), None)
             if differing:
                 raise ValueError(f"{path} has another {differing} than {self.paths[0]}")
             labels = self.open(path).get_tensor("labels").tolist()
@@ -71,23 +73,34 @@ class LatentShards:
 
     def latent(self, position: int, flipped: bool) -> Tensor:
         """(C, H, W), float32."""
+        return self.read(position, "flipped" if flipped else "latents")
+
+    def features(self, position: int, flipped: bool) -> Tensor:
+        """What the encoder sees in the image, (F, h, w), float32."""
+        return self.read(position, "flipped_features" if flipped else "features")
+
+    def read(self, position: int, what: str) -> Tensor:
         number, row = self.places[position]
         if number not in self.files:
             self.files[number] = self.open(self.paths[number])
-        return self.files[number].get_slice("flipped" if flipped else "latents")[row].float()
+        return self.files[number].get_slice(what)[row].float()
 
 
 class Latents(Dataset):
-    """Chosen latents of shards, mirrored with a probability that (seed, epoch, index) alone decides."""
+    """Chosen latents of shards, mirrored with a probability that (seed, epoch, index) alone decides.
 
-    def __init__(self, base: LatentShards, indices: Sequence[int], hflip: float, seed: int = 0):
-        self.base, self.indices, self.hflip, self.seed = base, indices, hflip, seed
+    With ``features`` each comes with what the encoder of the shards sees in its image, mirrored alike.
+    """
+
+    def __init__(self, base: LatentShards, indices: Sequence[int], hflip: float, seed: int = 0, features: bool = False):
+        self.base, self.indices, self.hflip, self.seed, self.features = base, indices, hflip, seed, features
 
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitem__(self, index: int | tuple[int, int]) -> tuple[Tensor, int]:
+    def __getitem__(self, index: int | tuple[int, int]) -> tuple[Any, ...]:
         epoch, number = index if isinstance(index, tuple) else (None, index)
         flipped = epoch is not None and np.random.default_rng((self.seed, epoch, number)).random() < self.hflip
         position = self.indices[number]
-        return self.base.latent(position, flipped), self.base.targets[position]
+        seen = (self.base.features(position, flipped),) if self.features else ()
+        return self.base.latent(position, flipped), self.base.targets[position], *seen

@@ -165,6 +165,7 @@ class ImageData(Sources):
         self.stages: dict[str, tuple[Any, Sequence[int]]] = {}
         self.test_problem: str | None = None  # why the test images cannot be used
         self.warned: set[str] = set()
+        self.with_features = False  # of training: what an encoder sees comes with latents that have it stored
         self.train_sampler: DistributedSampler | None = None
 
         self.classes, self.other_logits, self.relative = classes, other_logits, relative
@@ -344,7 +345,7 @@ class ImageData(Sources):
             base, indices = self._stage(stage)
             if self.dataset == "latents":
                 hflip = 0.0 if self.augmentation["no_aug"] else self.augmentation["hflip"]
-                dataset = Latents(base, indices, hflip, self.seed)
+                dataset = Latents(base, indices, hflip, self.seed, training and self.with_features)
             elif isinstance(base, Shards):
                 in_order = trainer is not None and trainer.predicting
                 lanes = Lanes(base, self.seed, world, batch_size, self.num_workers, training, in_order)
@@ -426,11 +427,11 @@ class ImageData(Sources):
         elif number:
             warnings.warn(f"{self.dataset} cannot go on after {number} batches: its epoch begins anew", stacklevel=2)
 
-    def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> tuple[Tensor, Tensor]:
+    def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> tuple[Tensor, ...]:
         self.report_bad(batch.bad)
         if self.is_timm and not (self.trainer and self.trainer.predicting):
             check_labels(batch.targets, self.num_classes)
-        return batch.images, batch.targets
+        return batch.images, batch.targets, *(() if batch.features is None else (batch.features,))
 
     def report_bad(self, images: list[BadImage]) -> None:
         """Raise ValueError for the first of them, or warn of each once when they are to be left out."""

@@ -14,7 +14,7 @@ from hcvision.models.conversion import convert, recompute_streams, set_stream_dt
 from hcvision.models.dit import NAMES as dit_names
 from hcvision.models.dit import TRUNK, DiT, read_sizes
 from hcvision.models.families import BLOCKS
-from hcvision.models.frozen import FrozenModel
+from hcvision.models.frozen import FrozenModel, open_encoder
 from hcvision.models.grafting import own_class
 from hcvision.models.names import (
     checkpoint_filter_fn,
@@ -40,6 +40,7 @@ __all__ = [
     "create_model",
     "dit_names",
     "hcvision_converted",
+    "open_encoder",
     "own_class",
     "read_sizes",
     "recompute_streams",

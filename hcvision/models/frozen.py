@@ -1,5 +1,6 @@
 """A timm model that looks at images and is never trained: for scores, and as the teacher of another model."""
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -85,3 +86,17 @@ class FrozenModel(nn.Module):
         """Images (B, 1 or 3, H, W) from 0 to 1 to the features of patches behind the last block, (B, F, h, w)."""
         x = self.prepare(images)
         return self.model.forward_intermediates(x, indices=1, norm=True, output_fmt="NCHW", intermediates_only=True)[0]
+
+
+@cache
+def open_encoder(source: str, grid: tuple[int, int]) -> FrozenModel:
+    """A frozen encoder whose patches lie in this grid, where it can have it; see ``FrozenModel``.
+
+    A model with patches of p pixels gets images of p times the grid, as REPA's DINOv2 of patches of 14 pixels sees
+    224 x 224 for a grid of 16 x 16; any other one gets images of the size of its weights.
+    """
+    encoder = FrozenModel(source)
+    patch = getattr(getattr(encoder.model, "patch_embed", None), "patch_size", None)
+    if patch is not None and hasattr(encoder.model, "set_input_size"):
+        encoder.set_size((grid[0] * patch[0], grid[1] * patch[1]))
+    return encoder

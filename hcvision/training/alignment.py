@@ -1,6 +1,5 @@
 """REPA: tokens of a diffusion transformer aligned with the patches that a frozen encoder sees (arXiv 2410.06940)."""
 
-from functools import cache
 from typing import Any
 
 import torch
@@ -8,21 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hcvision.data import check_number
-from hcvision.models import DiT, FrozenModel
-
-
-@cache
-def open_encoder(source: str, grid: tuple[int, int]) -> FrozenModel:
-    """A frozen encoder whose patches lie in this grid, where it can have it; see ``FrozenModel``.
-
-    A model with patches of p pixels gets images of p times the grid, as REPA's DINOv2 of patches of 14 pixels sees
-    224 x 224 for a grid of 16 x 16; any other one gets images of the size of its weights.
-    """
-    encoder = FrozenModel(source)
-    patch = getattr(getattr(encoder.model, "patch_embed", None), "patch_size", None)
-    if patch is not None and hasattr(encoder.model, "set_input_size"):
-        encoder.set_size((grid[0] * patch[0], grid[1] * patch[1]))
-    return encoder
+from hcvision.models import DiT, open_encoder
 
 
 class Alignment(nn.Module):
@@ -77,16 +62,19 @@ class Alignment(nn.Module):
         )
 
     def see(self, images: Tensor) -> Tensor:
-        """Clean images (B, 1 or 3, H, W) from 0 to 1 to what the encoder sees in each token's place, (B, N, F)."""
-        seen = open_encoder(self.encoder, self.grid).to(images.device).map(images)
+        """Clean images (B, 1 or 3, H, W) from 0 to 1 to what the encoder sees in them, (B, F, h, w)."""
+        return open_encoder(self.encoder, self.grid).to(images.device).map(images)
+
+    def place(self, seen: Tensor) -> Tensor:
+        """Features (B, F, h, w) of an encoder in the places of the tokens, (B, N, F)."""
         if tuple(seen.shape[2:]) != self.grid:
             seen = F.interpolate(seen, size=self.grid, mode="bilinear", antialias=True, align_corners=False)
         return seen.flatten(2).transpose(1, 2)
 
-    def forward(self, tokens: Tensor, images: Tensor) -> Tensor:
-        """Tokens (B, N, D) and clean images (B, 1 or 3, H, W) from 0 to 1 to the mean cosine, a scalar."""
+    def forward(self, tokens: Tensor, seen: Tensor) -> Tensor:
+        """Tokens (B, N, D) and what the encoder sees in clean images, (B, F, h, w), to the mean cosine, a scalar."""
         dtype: Any = next(self.projection.parameters()).dtype
-        return F.cosine_similarity(self.projection(tokens.to(dtype)).float(), self.see(images).float(), dim=-1).mean()
+        return F.cosine_similarity(self.projection(tokens.to(dtype)).float(), self.place(seen.float()), dim=-1).mean()
 
     def extra_repr(self) -> str:
         return f"encoder={self.encoder}, block={self.block}, weight={self.weight}"

@@ -109,7 +109,7 @@ class ImageClassifier(TimmModule):
     def forward(self, images: Tensor) -> Tensor:
         return self.model(images)
 
-    def batch_loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+    def batch_loss(self, batch: tuple[Tensor, ...]) -> Tensor:
         return self.plain_loss(self(batch[0]), batch[1])
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor | None:

@@ -119,6 +119,15 @@ class ImageGenerator(TimmModule):
             raise ValueError(
                 f"mean and std must be 0.5 to draw images, got {list(config['mean'])} and {list(config['std'])}"
             )
+        if self.alignment is not None and data.dataset == "latents":
+            stored = data.stages["train"][0].encoder
+            data.with_features = stored == self.alignment.encoder
+            if not data.with_features:
+                about = f"those stored beside the latents are of {stored}" if stored else "there are none beside them"
+                warnings.warn(  # noqa: B028
+                    f"features of {self.alignment.encoder}: {about}, so that every batch is decoded for it; "
+                    "`hcvision encode --encoder` stores them"
+                )
         if vae is not None and self.hparams["sample_every"]:
             load_vae(vae)  # now rather than when the first grid is due
         if tuple(config["input_size"]) != tuple(self.data_config["input_size"]):
@@ -136,9 +145,8 @@ class ImageGenerator(TimmModule):
         """The model's prediction, (B, C or 2 C, H, W), in its own precision."""
         return self.model(x.to(next(self.model.parameters()).dtype), t, y)
 
-    def batch_loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:
-        images, classes = batch
-        images = images.float()
+    def batch_loss(self, batch: tuple[Tensor, ...]) -> Tensor:
+        images, classes = batch[0].float(), batch[1]
         t = self.diffusion.draw_time(len(images), images.device)
         noise = torch.randn(images.shape, device=images.device, dtype=torch.float32)
         dropped = torch.rand(len(images), device=images.device) < self.hparams["label_dropout"]
@@ -154,7 +162,7 @@ class ImageGenerator(TimmModule):
             return prediction
 
         loss = self.diffusion.loss(predict, images, classes, t, noise).mean()
-        cosine = alignment(tokens[0], self.show(images))
+        cosine = alignment(tokens[0], batch[2] if len(batch) > 2 else alignment.see(self.show(images)))
         self.cosine = cosine.detach()
         return loss - alignment.weight * cosine
 
@@ -166,7 +174,7 @@ class ImageGenerator(TimmModule):
         mean, std = (images.new_tensor(self.data_config[what]).view(-1, 1, 1) for what in ("mean", "std"))
         return (images * std + mean).clamp(0, 1)
 
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor | None:
+    def training_step(self, batch: tuple[Tensor, ...], batch_idx: int) -> Tensor | None:
         images = batch[0]
         if len(images) == 0:
             return None

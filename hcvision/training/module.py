@@ -237,7 +237,7 @@ class TimmModule(OptimizedModule):
     def check_model(self, name: str) -> None:
         """Raise ValueError when the model is of another task."""
 
-    def batch_loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+    def batch_loss(self, batch: tuple[Tensor, ...]) -> Tensor:
         """The loss of a batch as in training, a scalar."""
         raise NotImplementedError
 

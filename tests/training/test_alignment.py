@@ -9,14 +9,17 @@ import pytorch_lightning as pl
 import timm
 import torch
 from conftest import randomize
+from diffusers import AutoencoderKL
 from pytorch_lightning.callbacks import ModelCheckpoint
+from safetensors.torch import load_file
 from torch.nn import functional as F
 
 from hcvision.cli.sample import load_generator
 from hcvision.data.module import ImageData
+from hcvision.diffusion.encoding import encode_folder
 from hcvision.models.conversion import convert
-from hcvision.models.frozen import FrozenModel
-from hcvision.training.alignment import Alignment, open_encoder
+from hcvision.models.frozen import FrozenModel, open_encoder
+from hcvision.training.alignment import Alignment
 from hcvision.training.generation import ImageGenerator
 
 VIT = {"img_size": 24, "patch_size": 6, "embed_dim": 24, "depth": 2, "num_heads": 2, "num_classes": 3}
@@ -99,7 +102,7 @@ def test_features_in_another_grid(encoder, tiny_dit, monkeypatch):
     monkeypatch.setattr("hcvision.training.alignment.open_encoder", lambda *_: other)
     images = torch.rand(2, 3, 16, 16)
     expected = F.interpolate(other.map(images), size=(4, 4), mode="bilinear", antialias=True).flatten(2).mT
-    torch.testing.assert_close(module.alignment.see(images), expected)
+    torch.testing.assert_close(module.alignment.place(module.alignment.see(images)), expected)
 
 
 def test_a_tap_of_any_block(tiny_dit):
@@ -202,6 +205,46 @@ def test_latents_are_decoded_for_the_encoder(encoder, tiny_dit, monkeypatch):
     latents = torch.randn(10, 3, 4, 4)
     torch.testing.assert_close(module.show(latents), (latents * 1.5 + 0.5).clamp(0, 1))
     assert Path(encoder.removeprefix("local-dir:")).is_dir()
+
+
+@pytest.mark.filterwarnings("ignore:The `local_dir_use_symlinks` argument:UserWarning")
+def test_features_stored_beside_latents(encoder, tiny_dit, image_folder, trainer_args, tmp_path):
+    """What the encoder sees in each image and in its mirror image goes with the latents, and no batch is decoded."""
+    AutoencoderKL(norm_num_groups=4, block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2,
+                  up_block_types=("UpDecoderBlock2D",) * 2).save_pretrained(tmp_path / "vae")  # fmt: skip
+    options = {"image_size": 32, "num_workers": 0, "device": "cpu", "say": lambda _: None}
+    vae = str(tmp_path / "vae")
+    encode_folder(str(image_folder), str(tmp_path / "with"), vae, **options, encoder=encoder, encoder_grid=4)
+    encode_folder(str(image_folder), str(tmp_path / "plain"), vae, **options)
+    stored, plain = (load_file(tmp_path / name / "train-00000.safetensors") for name in ("with", "plain"))
+    assert all(torch.equal(stored[name], plain[name]) for name in ("latents", "flipped", "labels"))
+    images = torch.cat(
+        [b.images for b in ImageData(root=str(image_folder), num_workers=0).plain_loader("train", (3, 32, 32))]
+    )
+    for name, view in (("features", images), ("flipped_features", images.flip(-1))):
+        expected = open_encoder(encoder, (4, 4)).map(view[:8] / 2 + 0.5)
+        torch.testing.assert_close(stored[name][:8].float(), expected, rtol=1e-3, atol=1e-3)
+    data = ImageData("latents", str(tmp_path / "with"), batch_size=8, num_workers=0, hflip=1.0)
+    model_args = {**tiny_dit, "in_chans": 4}
+    repa = {"encoder": encoder, "block": 1, "hidden": 16}
+    module = ImageGenerator(
+        "dit_tiny_patch4_pixel", num_classes=3, model_args=model_args, vae=vae, repa=repa, sample_every=0
+    )
+    module.show = None  # nothing to decode
+    trainer = pl.Trainer(**trainer_args, max_epochs=1, num_sanity_val_steps=0)
+    trainer.fit(module, data)
+    assert -1 < trainer.callback_metrics["repa_cosine"] < 1
+    for batch in data.train_dataloader():
+        places = [(latent == stored["flipped"].float()).all((1, 2, 3)).nonzero().item() for latent in batch.images]
+        assert torch.equal(batch.features, stored["flipped_features"][places].float())
+    assert all(batch.features is None for batch in data.val_dataloader())
+    other = ImageData("latents", str(tmp_path / "plain"), batch_size=8, num_workers=0)
+    with pytest.warns(UserWarning, match="there are none beside them, so that every batch is decoded for it"):
+        module.check_data(other)
+    with pytest.raises(ValueError, match="is there already with encoder None, not 'local-dir:"):
+        encode_folder(str(image_folder), str(tmp_path / "plain"), vae, **options, encoder=encoder, encoder_grid=4)
+    with pytest.raises(ValueError, match="encoder_grid must be at least 1 and at most 16, got 17"):
+        encode_folder(str(image_folder), str(tmp_path / "more"), vae, **options, encoder=encoder, encoder_grid=17)
 
 
 def test_alignment_alone(encoder, tiny_dit):
