@@ -65,7 +65,8 @@ NAMES := vit_tiny_patch16_224_shc4 vit_tiny_patch16_224_dhc2 vit_tiny_patch16_22
   vit_relpos_small_patch16_224_dhc2 mixer_s32_224_dfc2 swin_tiny_patch4_window7_224_dhc2 hiera_tiny_224_dfc2 \
   pvt_v2_b0_dhc2 convnext_atto_dhc2 poolformer_s12_dfc2 vit_tiny_patch16_224_sihc4 \
   vit_tiny_patch16_224_gr2 vit_tiny_patch16_224_oru vit_tiny_patch16_224_laurel \
-  vit_tiny_patch16_224_mhclite3 vit_tiny_patch16_224_krom4
+  vit_tiny_patch16_224_mhclite3 vit_tiny_patch16_224_krom4 \
+  vit_tiny_patch16_224_attnres vit_tiny_patch16_224_dense
 REDIRECTS := vit_tiny_patch16_224_dhc2 vit_tiny_patch16_224_dfc2
 TIMM_PYTEST := OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m pytest -q $(SHARED) -p timm_suite -c /dev/null \
   --rootdir $(TIMM_TESTS) -W ignore

@@ -36,29 +36,32 @@ from hcvision.connections import layout
 from hcvision.connections.base import Connection, Residual, check_count, expand_streams, has_hooks, reduce_streams
 from hcvision.connections.frac import FracConnection
 from hcvision.connections.generalized import GeneralizedConnection
+from hcvision.connections.history import HistoryConnection, Place
 from hcvision.connections.hyper import HyperConnection
 from hcvision.connections.identity import IdentityConnection
 from hcvision.connections.manifold import ITERATIONS, ManifoldConnection
-from hcvision.connections.names import KINDS, NAMES, TIMED, build_connection, parse_connection
+from hcvision.connections.names import NAMES, TIMED, build_connection, has_history, parse_connection
 from hcvision.connections.streams import BACKENDS, StreamConnection
 
 __all__ = [
     "BACKENDS",
     "ITERATIONS",
-    "KINDS",
     "NAMES",
     "TIMED",
     "Connection",
     "FracConnection",
     "GeneralizedConnection",
+    "HistoryConnection",
     "HyperConnection",
     "IdentityConnection",
     "ManifoldConnection",
+    "Place",
     "Residual",
     "StreamConnection",
     "build_connection",
     "check_count",
     "expand_streams",
+    "has_history",
     "has_hooks",
     "layout",
     "parse_connection",

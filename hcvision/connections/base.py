@@ -36,10 +36,13 @@ class Connection(nn.Module):
     """
 
     copies: int  # of x that are entered, 1 where x is its own streams
+    stream_dtype: Any = None  # that streams are stored in, None for that of x; see ``set_stream_dtype``
+    tap = "mean"  # what of x is the state of the model behind a block: the mean of its copies, their sum, or the last
     undecayed: tuple[str, ...] = ()  # parameters that must not decay
     has_entry = False  # whether ``enter`` has parameters
     has_exit = False  # whether ``leave`` has parameters
     starts_as_residual = True  # whether it is the residual add at its initial values
+    takes_scaled = True  # whether a block may scale x where it is carried
 
     def __init__(self, dim: int, streams: int, views: int):
         super().__init__()
@@ -83,6 +86,17 @@ class Connection(nn.Module):
     def leave(self, x: Tensor, rate: int) -> Tensor:
         """Behind the last one: what ``enter`` does undone, (..., width) -> (..., dim)."""
         return reduce_streams(x, rate)
+
+    @torch.jit.ignore
+    def show_exit(self, x: Tensor) -> Tensor | None:
+        """How much ``leave`` takes of each stream of x, (..., S); None where that is their mean."""
+        return None
+
+    @torch.jit.ignore
+    def continues(self, before: "Connection") -> bool:
+        """Whether the streams that another connection leaves are those that this one reads."""
+        mine, others = ((c.copies, c.dim, c.streams, c.views, c.stream_dtype, c.tap) for c in (self, before))
+        return mine == others
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:

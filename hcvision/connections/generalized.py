@@ -45,6 +45,7 @@ class GeneralizedConnection(MixingConnection):
     center_norm = False
     has_kernels = False
     has_exit = True
+    takes_scaled = False
     first_scale = 1.0
 
     def __init__(

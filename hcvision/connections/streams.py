@@ -24,7 +24,7 @@ class StreamConnection(Connection):
 
     has_kernels = True  # whether any step has a kernel
     mixes = True  # whether carried streams are mixtures of streams
-    stream_dtype: Optional[torch.dtype]  # that streams are stored in, None for that of x; see ``set_stream_dtype``
+    stream_dtype: Optional[torch.dtype]
     __jit_unused_properties__ = ["name"]  # noqa: RUF012 - TorchScript
     __constants__ = ["mixes"]  # noqa: RUF012 - TorchScript
     parts: Any = {"width": ("alpha",), "depth": ("beta",)}  # what parameters of a part have in their names  # noqa: RUF012
@@ -108,6 +108,19 @@ class StreamConnection(Connection):
         """
         streams, alpha, beta, _ = self.width_connection(x, time)[1]
         return self.whole_weights(streams, alpha, beta, None)
+
+    @torch.jit.ignore
+    def show_streams(self, carried: Tuple[Tensor, Tensor, Tensor, Tensor]) -> Tensor:
+        """The streams (..., S, E) of what goes from step to step."""
+        return carried[0]
+
+    @torch.jit.ignore
+    def show_carried(
+        self, carried: Tuple[Tensor, Tensor, Tensor, Tensor], output: Tensor | None = None
+    ) -> Tuple[Tensor, Tensor, Tensor]:
+        """The streams of what goes from step to step, and what ``whole_weights`` says of it."""
+        streams, alpha, beta, _ = carried
+        return streams, *self.whole_weights(streams, alpha, beta, output)
 
     @torch.jit.ignore
     def whole_weights(

@@ -9,6 +9,7 @@ puts it all together, and ``names.py`` makes it a name of timm. ``vit.py`` and `
 """
 
 from hcvision.models.blocks import ConnectedBlock
+from hcvision.models.borders import connections_of
 from hcvision.models.connected import ConnectedModel
 from hcvision.models.conversion import convert, recompute_streams, set_stream_dtype
 from hcvision.models.dit import NAMES as dit_names
@@ -35,6 +36,7 @@ __all__ = [
     "DiT",
     "FrozenModel",
     "checkpoint_filter_fn",
+    "connections_of",
     "convert",
     "coverage",
     "create_model",

@@ -6,16 +6,15 @@ import torch
 from torch import Tensor
 
 from hcvision.connections import Connection, reduce_streams
-from hcvision.models.blocks import ConnectedBlock
 from hcvision.models.grafting import graft
 from hcvision.models.stages import find_columns, find_family
 
 
 @torch.fx.wrap
-def leave_streams(feature: Tensor, dim: int) -> Tensor:
+def leave_streams(feature: Tensor, dim: int, tap: str = "mean") -> Tensor:
     """The mean over the copies of a map (B, n*dim, H, W) or of tokens (..., n*dim); what is dim wide has left them.
 
-    n need not be whole, as for ghc2x3.
+    n need not be whole, as for ghc2x3. Of a history it is the sum of the entries, or the last one (``tap``).
     """
     last = feature.dim() - 1
     axis = 1 if feature.dim() == 4 and feature.shape[1] >= dim else last
@@ -23,6 +22,13 @@ def leave_streams(feature: Tensor, dim: int) -> Tensor:
     if rate <= 1 and rest == 0:
         return feature
     feature = feature.movedim(axis, last)
+    if tap == "last":
+        return feature[..., -dim:].movedim(last, axis)
+    if tap == "sum":
+        total = feature[..., :dim]
+        for k in range(1, rate):
+            total = total + feature[..., k * dim : (k + 1) * dim]
+        return total.movedim(last, axis)
     if rest > 0:  # a part of x once more than the rest of it
         once_more = [feature[..., k * dim : k * dim + rest] for k in range(rate + 1)]
         others = [feature[..., k * dim + rest : (k + 1) * dim] for k in range(rate)]
@@ -35,13 +41,14 @@ class Exit:
     """The module behind the last block: it sees the mean of the streams, however many come out of the blocks."""
 
     stream_dim: int
+    tap: str
 
     if TYPE_CHECKING:
 
         def __getattr__(self, name: str) -> Any: ...
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.base_forward(leave_streams(x, self.stream_dim))
+        return self.base_forward(leave_streams(x, self.stream_dim, self.tap))
 
 
 def place_borders(model: Any) -> None:
@@ -49,31 +56,41 @@ def place_borders(model: Any) -> None:
     family = find_family(model)
     breaks = set(family.breaks(model))
     for column in find_columns(model, family):
-        carried = [count_carried(block) for block in column]
+        carried = [connections_of(block) for block in column]
         for i, block in enumerate(column):
-            if not isinstance(block, ConnectedBlock):
+            own = carried[i]
+            if not own:
                 continue
-            rate = carried[i][0]
-            goes_on = i + 1 < len(column) and carried[i + 1] == carried[i] and i + 1 not in breaks
-            own: list[Any] = [part for part in block.children() if isinstance(part, Connection)]
-            left_behind = i + 1 == len(column) and family.exit and not own[-1].has_exit
-            block.entry_rate = 1 if i > 0 and carried[i - 1] == carried[i] and i not in breaks else rate
-            block.exit_rate = 1 if goes_on or left_behind else rate
+            last = i + 1 == len(column)
+            goes_on = not last and i + 1 not in breaks and continues(own, carried[i + 1])
+            left_behind = last and family.exit and not own[-1].has_exit
+            went_on = i > 0 and i not in breaks and continues(carried[i - 1], own)
+            block.entry_rate = 1 if went_on else own[0].copies
+            block.exit_rate = 1 if goes_on or left_behind else own[-1].copies
             block.restores_dtype = not goes_on and own[-1].stream_dtype is not None
             for connection in own:
                 if connection.has_entry:
                     connection.place_entry(connection is own[0] and block.entry_rate > 1)
                 if connection.has_exit:
                     connection.place_exit(connection is own[-1] and block.exit_rate > 1)
-        if family.exit and any(rate > 1 for rate, *_ in carried):
+        if family.exit and any(own and own[0].copies > 1 for own in carried):
             norm = model.get_submodule(family.exit)
             if not isinstance(norm, Exit):
                 graft(norm, Exit, stream_dim=model.embed_dim)
+            norm.tap = find_tap(model)
 
 
-def count_carried(block: Any) -> tuple[Any, ...]:
-    """How many copies of x a block leaves, and of what width and type, in which streams; (1, 0) without connections."""
-    if not isinstance(block, ConnectedBlock):
-        return 1, 0
-    connection = block.connection1  # type: ignore[attr-defined]
-    return connection.copies, connection.dim, connection.streams, connection.views, connection.stream_dtype
+def connections_of(block: Any) -> list[Any]:
+    """The connections of a block, in order; none where it has residual adds."""
+    return [part for part in block.children() if isinstance(part, Connection)]
+
+
+def continues(before: list[Any], own: list[Any]) -> bool:
+    """Whether the streams that a block leaves are those that the next one reads, by the connections of both."""
+    return bool(before and own) and own[0].continues(before[-1])
+
+
+def find_tap(model: Any) -> str:
+    """What of the tensor between blocks is the state of the model, of those that have more of it than one copy."""
+    taps = (part.tap for part in model.modules() if isinstance(part, Connection) and part.copies > 1)
+    return next(taps, Connection.tap)

@@ -32,11 +32,11 @@ class ConnectedModel:
         call = inspect.signature(own_class(self).forward_intermediates).bind(self, *args, **kwargs)  # type: ignore
         if not family.is_tapped or "." in family.blocks or (family.exit and call.arguments.get("norm")):
             return out  # taps at the ends of stages, or of a part that is converted itself, or behind the exit
-        dim = self.embed_dim
+        dim, tap = self.embed_dim, borders.find_tap(self)
         traceable: Any = (Tensor, torch.fx.Proxy)
 
         def leave(taps: Any) -> Any:
-            return tree_map(lambda tap: borders.leave_streams(tap, dim) if isinstance(tap, traceable) else tap, taps)
+            return tree_map(lambda x: borders.leave_streams(x, dim, tap) if isinstance(x, traceable) else x, taps)
 
         def leave_last(x: Any) -> Any:
             return x if family.exit else leave(x)
@@ -81,7 +81,7 @@ class HieraModel(ConnectedModel):
         taps = features if call.arguments["intermediates_only"] else features[1]
         for k, block in enumerate(indices):
             tap = taps[k].movedim(1, -1) if call.arguments["output_fmt"] == "NCHW" else taps[k]
-            tap = borders.leave_streams(tap, self.blocks[block].dim_out)
+            tap = borders.leave_streams(tap, self.blocks[block].dim_out, borders.find_tap(self))
             taps[k] = tap.movedim(-1, 1) if call.arguments["output_fmt"] == "NCHW" else tap
         return features
 

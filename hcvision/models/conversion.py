@@ -10,16 +10,18 @@ from timm.models._features import FeatureGetterNet
 from torch import nn
 
 from hcvision.connections import (
-    KINDS,
     TIMED,
     Connection,
+    HistoryConnection,
+    Place,
     StreamConnection,
     build_connection,
     check_count,
+    has_history,
     parse_connection,
 )
 from hcvision.models.blocks import ConnectedBlock
-from hcvision.models.borders import Exit, place_borders
+from hcvision.models.borders import Exit, connections_of, place_borders
 from hcvision.models.connected import MIXINS, ConnectedModel
 from hcvision.models.families import find_mixin
 from hcvision.models.grafting import graft, own_class, ungraft
@@ -105,6 +107,9 @@ def convert(
         more: dict[str, Any] = {"recompute": recompute, "stream_dtype": stream_dtype, "time": time}
         convert(model.model, connection, blocks=blocks, **more, **options)
         return model
+    if has_history(kind) and (recompute or stream_dtype is not None):
+        given = f"recompute={recompute}" if recompute else f"stream_dtype={stream_dtype}"
+        raise ValueError(f"{given} is for connections that carry streams, and {connection} reads a history")
     candidates = [block for column in find_columns(model, find_family(model)) for block in column]
     if kind == "residual":
         if isinstance(model, ConnectedModel):
@@ -118,16 +123,13 @@ def convert(
     first = [0]  # the number of the first sub-layer of each block
     for block in candidates:
         first.append(first[-1] + find_mixin(block).adds)
-    for i in choose_blocks(blocks, candidates):
+    chosen = choose_blocks(blocks, candidates)
+    places = place_history(model, [candidates[i] for i in chosen]) if has_history(kind) else {}
+    for i in chosen:
         block, mixin = candidates[i], find_mixin(candidates[i])
         if isinstance(block, ConnectedBlock):
             raise ValueError(
                 f"block {i} of this {own_class(model).__name__} has a connection already ({block.connection1.name})"
-            )
-        if kind == "ghc" and hasattr(mixin, "carry1"):
-            raise ValueError(
-                f"{connection} cannot take the adds of a {own_class(block).__name__}, which scales x itself; "
-                f"{', '.join(kind for kind in KINDS if kind != 'ghc')} can"
             )
         if time and not mixin.sees_time:
             raise ValueError(f"time=True needs a model that embeds a time, a DiT, got a {own_class(model).__name__}")
@@ -136,9 +138,16 @@ def convert(
         new: dict[str, Any] = {"channels_first": mixin.is_channels_first(block), "entry_rate": 1, "exit_rate": 1}
         new["restores_dtype"] = False
         for k in range(mixin.adds):
+            place = {"place": places[block][k]} if places else {}
             new[f"connection{k + 1}"] = build_connection(
-                connection, mixin.dim(block), first[i] + k, device=like.device, dtype=like.dtype, **options
+                connection, mixin.dim(block), first[i] + k, device=like.device, dtype=like.dtype, **place, **options
             ).train(block.training)
+        if hasattr(mixin, "carry1") and not new["connection1"].takes_scaled:
+            raise ValueError(
+                f"{connection} cannot take the adds of a {own_class(block).__name__}, which scales x itself; "
+                "connections with streams as wide as the model can, such as dhc2"
+            )
+        check_seam(model, new["connection1"])
         grafts.append((block, new))
     if not grafts[0][1]["connection1"].starts_as_residual:
         changed = f"what this {own_class(model).__name__} computes changes"
@@ -157,6 +166,33 @@ def convert(
     if recompute:
         recompute_streams(model, recompute)
     return model
+
+
+def check_seam(model: Any, new: Any) -> None:
+    """Raises ValueError where some blocks would have a history and others streams, or one that began elsewhere."""
+    for part in model.modules():
+        if isinstance(part, Connection) and part.copies > 1 and new.copies > 1:
+            histories = [one.name for one in (new, part) if isinstance(one, HistoryConnection)]
+            if histories:
+                raise ValueError(
+                    f"cannot put {new.name} beside the {part.name} that this {own_class(model).__name__} has already: "
+                    f"{histories[0]} takes all its blocks in one call, and no streams beside it"
+                )
+
+
+def place_history(model: Any, chosen: list[Any]) -> dict[Any, list[Place]]:
+    """The places of the sub-layers of blocks in their histories: one for each run of blocks that follow each other."""
+    numbers = {id(block) for block in chosen}
+    places: dict[Any, list[Place]] = {}
+    for run in stages(model):
+        layer = number = 0
+        for block in run:
+            if id(block) not in numbers:
+                layer = number = 0
+                continue
+            places[block] = [Place(layer + k, number, k) for k in range(find_mixin(block).adds)]
+            layer, number = layer + len(places[block]), number + 1
+    return places
 
 
 def recompute_streams(model: Any, every: int) -> nn.Module:
@@ -179,10 +215,10 @@ def recompute_streams(model: Any, every: int) -> nn.Module:
         ValueError: every < 0, or a model without connections.
     """
     check_count("recompute", every, 0)
-    runs = [run for run in stages(model) if any(isinstance(block, ConnectedBlock) for block in run)]
-    if not runs:
-        raise ValueError(f"recompute={every} needs a model with connections, this {own_class(model).__name__} has none")
-    for run in runs:
+    if not any(isinstance(part, StreamConnection) for part in model.modules()):
+        name = own_class(model).__name__
+        raise ValueError(f"recompute={every} needs a model with connections that carry streams, not this {name}")
+    for run in stages(model):
         groups = (run[i : i + every] for i in range(0, len(run), every)) if every else [run]
         for group in groups:
             parts = [[part for part in block.children() if isinstance(part, StreamConnection)] for block in group]
@@ -218,7 +254,7 @@ def set_stream_dtype(model: Any, dtype: torch.dtype | str | None) -> nn.Module:
     connections = [part for part in model.modules() if isinstance(part, StreamConnection)]
     if not connections:
         name = own_class(model).__name__
-        raise ValueError(f"stream_dtype={dtype} needs a model with connections, this {name} has none")
+        raise ValueError(f"stream_dtype={dtype} needs a model with connections that carry streams, not this {name}")
     for connection in connections:
         connection.stream_dtype = chosen
     place_borders(model.model if isinstance(model, FeatureGetterNet) else model)
@@ -232,8 +268,15 @@ def find_parts(model: Any) -> list[Any]:
 
 
 def check_residual(candidates: list[Any], blocks: Blocks) -> None:
-    """Raise ValueError where a connection of the chosen blocks is not the residual add, or is it no longer."""
-    for i in choose_blocks(blocks, candidates):
+    """Raise ValueError where a connection of the chosen blocks is not the residual add, or later ones need it."""
+    chosen = choose_blocks(blocks, candidates)
+    for i in chosen:
+        following: Any = next(iter(connections_of(candidates[i + 1])), None) if i + 1 < len(candidates) else None
+        if isinstance(following, HistoryConnection) and i + 1 not in chosen and following.place.layer > 0:
+            raise ValueError(
+                f"blocks={blocks!r} takes {following.name} from blocks whose outputs later ones read; "
+                "take it from the last blocks, or from all"
+            )
         for name, module in candidates[i].named_children():
             if isinstance(module, Connection) and not is_residual(module):
                 reason = "any more: it has left its initial values" if module.starts_as_residual else "at any values"
@@ -254,7 +297,7 @@ def remove_connections(model: Any, blocks: Blocks = None) -> None:
     if not any(isinstance(block, ConnectedBlock) for block in candidates):
         family = find_family(model)
         if family.exit and isinstance(model.get_submodule(family.exit), Exit):
-            ungraft(model.get_submodule(family.exit), "stream_dim")
+            ungraft(model.get_submodule(family.exit), "stream_dim", "tap")
     for part in find_parts(model):
         label_model(part)
         if not any(isinstance(block, ConnectedBlock) for block in candidates):

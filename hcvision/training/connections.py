@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from hcvision.connections import BACKENDS, Connection, StreamConnection
+from hcvision.connections import BACKENDS, Connection, HistoryConnection, StreamConnection
 from hcvision.data import check_name
 
 PARTS = tuple(StreamConnection.parts)  # of a connection
@@ -16,7 +16,7 @@ def choose_backend(model: nn.Module, backend: str) -> None:
     """
     check_name("connection_backend", backend, BACKENDS)
     for module in model.modules():
-        if isinstance(module, StreamConnection):
+        if isinstance(module, StreamConnection | HistoryConnection):
             module.choose_backend(backend)
 
 
@@ -28,11 +28,11 @@ def freeze_connections(model: nn.Module, part: str) -> None:
     """Hold the width-connections (alpha) or the depth-connections (beta) of a model still.
 
     Raises:
-        ValueError: another part, or a model without connections.
+        ValueError: another part, a model without connections, or with connections that have no parameter in it.
     """
     if part not in PARTS:
         raise ValueError(f"connection_freeze must be one of {', '.join(PARTS)}, got {part!r}")
-    connections = [module for module in model.modules() if isinstance(module, StreamConnection)]
+    connections = [module for module in model.modules() if isinstance(module, StreamConnection | HistoryConnection)]
     if not connections:
         raise ValueError(f"connection_freeze={part!r} needs a model with connections, this one has residual adds")
     held = [
@@ -43,6 +43,6 @@ def freeze_connections(model: nn.Module, part: str) -> None:
     ]
     if not held:
         names = ", ".join(sorted({connection.name for connection in connections}))
-        raise ValueError(f"connection_freeze={part!r} needs connections with parameters, {names} has none")
+        raise ValueError(f"connection_freeze={part!r} needs connections with parameters of it, {names} has none")
     for parameter in held:
         parameter.requires_grad_(False)

@@ -181,7 +181,9 @@ def test_conversion_to_another_function_warns():
         hcvision.convert(model, "oru")
     with pytest.raises(ValueError, match="connection1 of a Block is no residual add at any values, and taking it away"):
         hcvision.convert(model, "residual")
-    with pytest.raises(ValueError, match="connection_freeze='depth' needs connections with parameters, oru has none"):
+    with pytest.raises(
+        ValueError, match="connection_freeze='depth' needs connections with parameters of it, oru has no"
+    ):
         freeze_connections(model, "depth")
     assert hcvision.set_stream_dtype(model.bfloat16(), "float32")(torch.randn(1, 3, 32, 32).bfloat16()).dtype == (
         torch.bfloat16

@@ -56,6 +56,8 @@ def files(image_folder):
         "laurel",
         "mhclite3",
         "krom4",
+        "dense",
+        "attnres",
     ],
 )
 def test_traced_onnx(connection, tmp_path):

@@ -661,7 +661,7 @@ def test_changed_streams_are_kept():
 def test_recompute_errors():
     with pytest.raises(ValueError, match="recompute must be an integer of at least 0, got -1"):
         deep("dhc2", -1)
-    with pytest.raises(ValueError, match="recompute=2 needs a model with connections, this VisionTransformer has none"):
+    with pytest.raises(ValueError, match="recompute=2 needs a model with connections that carry streams, not this V"):
         hcvision.recompute_streams(timm.create_model("vit_tiny_patch16_224", depth=1), 2)
     model = hcvision.recompute_streams(deep("dhc2", 3), 0)
     assert not any(part.records or part.recompute for part in model.modules() if isinstance(part, StreamConnection))

@@ -238,7 +238,22 @@ def test_ways_to_run(connection):
 
 @pytest.mark.parametrize(
     "connection",
-    ["residual", "dhc2", "dfc2", "mhc4", "ihc4", "ghc2x3", "sihc4", "gr4", "oru", "laurel", "mhclite3", "krom2"],
+    [
+        "residual",
+        "dhc2",
+        "dfc2",
+        "mhc4",
+        "ihc4",
+        "ghc2x3",
+        "sihc4",
+        "gr4",
+        "oru",
+        "laurel",
+        "mhclite3",
+        "krom2",
+        "dense",
+        "attnres",
+    ],
 )
 def test_forward_mode(connection):
     """The derivative along x and t, which MeanFlow trains on, is that of one backward after the other."""

@@ -58,6 +58,8 @@ def test_at_the_initial_values_a_block_is_removed(connection, tiny):
         "laurel",
         "mhclite2",
         "krom2",
+        "dense",
+        "attnres2",
     ],
 )
 @torch.no_grad()

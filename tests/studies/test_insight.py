@@ -52,6 +52,7 @@ def passages(model, x):
 
 KINDS = ["shc1", "shc2", "dhc2", "dhc3", "dhc4", "sfc2", "dfc2", "dfc3", "residual", "half dhc3", "half dfc2"]
 KINDS += ["mhc4", "ihc3", "ghc2x3", "ghc3x4", "oru", "half oru", "mhclite3", "krom4"]
+KINDS += ["dense", "attnres", "attnres3", "half dense", "half attnres"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -74,7 +75,7 @@ def test_the_matrix_rebuilds_every_input(kind, tiny):
         model(images())
     hook.remove()
     out = taken[-1] if kind != "residual" else taken[-1][..., : inputs.shape[-1]]
-    out = out.unflatten(-1, (-1, views, sources.shape[-1])).mean(-3)
+    out = out.unflatten(-1, (-1, views, sources.shape[-1])).mean(-3)  # a history has been left already
     if kind[0] != "g":  # there a linear map reads out
         assert (rebuilt[:, :, -1] - out).abs().max() < 1e-12 * out.abs().max()
 
@@ -216,7 +217,7 @@ def test_files_of_one_stream(kind, tiny, tmp_path):
         torch.testing.assert_close(stage.alphas[2][0][:, 0, 1], 1 - along.mean(1).float(), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", [None, "shc1", "dhc2", "dhc4", "sfc4", "dfc2", "ghc2x3"])
+@pytest.mark.parametrize("kind", [None, "shc1", "dhc2", "dhc4", "sfc4", "dfc2", "ghc2x3", "dense", "attnres"])
 def test_at_init_every_model_is_residual(kind, tiny):
     model = hcvision.create_model("vit_tiny_patch16_224", kind, num_classes=5, **tiny)
     matrix = unfolded_matrix(model, torch.randn(2, 3, 32, 32))

@@ -155,7 +155,22 @@ def train_sharded(rank, connection, folder):
 @pytest.mark.filterwarnings("ignore:.*returned a view tensor")  # nothing is changed in place
 @pytest.mark.parametrize(
     "connection",
-    ["dhc2", "dfc2", "shc2", "mhc2", "ihc2", "ghc2x3", "sihc2", "gr2", "oru", "laurel", "mhclite2", "krom2"],
+    [
+        "dhc2",
+        "dfc2",
+        "shc2",
+        "mhc2",
+        "ihc2",
+        "ghc2x3",
+        "sihc2",
+        "gr2",
+        "oru",
+        "laurel",
+        "mhclite2",
+        "krom2",
+        "dense",
+        "attnres",
+    ],
 )
 def test_sharded_weights_learn_what_whole_ones_learn(connection, tmp_path):
     """FSDP2: a block's weights are there in whole only while it is computed, our own backward passes included."""

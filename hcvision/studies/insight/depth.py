@@ -17,9 +17,8 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from hcvision.models import stages
+from hcvision.models import connections_of, stages
 from hcvision.studies.insight.figures import OURS, STYLE, TWIN
-from hcvision.studies.insight.unfolding import connections_of
 from hcvision.training import ImageClassifier
 
 NONE = "none"  # what the row of the whole model has for the block that is skipped

@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from hcvision.models import connections_of
 from hcvision.studies.insight.diversity import effective_rank, mean_cosine
 from hcvision.studies.insight.unfolding import (
     Mixing,
     Passage,
     by_image,
-    connections_of,
     join_fractions,
     name_sublayers,
     unfold,

@@ -73,13 +73,14 @@ def gain_rows(stage: StageNotes) -> list[dict[str, Any]]:
     ]
 
 
-def weight_names(streams: int, views: int, is_general: bool = False) -> list[str]:
-    """Of the entries of alpha (S, V+S), row by row, and of beta (S,), or (S, V) row by row."""
+def weight_names(streams: int, views: int, is_general: bool = False, following: int | None = None) -> list[str]:
+    """Of the entries of alpha (S, V+S'), row by row, and of beta (S',), or (S', V) row by row; S' streams follow."""
+    following = following or streams
     view = ["view"] if views == 1 else [f"view {v}" for v in range(views)]
-    into = [*view, *(f"stream {t}" for t in range(streams))]
+    into = [*view, *(f"stream {t}" for t in range(following))]
     outputs = [f"output {v}" for v in range(views)] if is_general else ["output"]
     return [f"stream {s} -> {t}" for s in range(streams) for t in into] + [
-        f"{output} -> stream {s}" for s in range(streams) for output in outputs
+        f"{output} -> stream {s}" for s in range(following) for output in outputs
     ]
 
 
@@ -89,8 +90,9 @@ def weights_by_image(stage: StageNotes, k: int) -> Tensor:
 
 
 def names_of(stage: StageNotes, k: int) -> list[str]:
-    alpha = stage.alphas[k][0]
-    return weight_names(alpha.shape[1], alpha.shape[2] - alpha.shape[1], stage.betas[k][0].dim() == alpha.dim())
+    alpha, beta = stage.alphas[k][0], stage.betas[k][0]
+    views = alpha.shape[2] - beta.shape[1]
+    return weight_names(alpha.shape[1], views, beta.dim() == alpha.dim(), beta.shape[1])
 
 
 def weight_rows(stage: StageNotes) -> list[dict[str, Any]]:

@@ -11,7 +11,7 @@ from timm.models._features import FeatureGetterNet
 from torch import Tensor, nn
 
 from hcvision.connections import Connection
-from hcvision.models import ConnectedBlock, convert, own_class, stages
+from hcvision.models import ConnectedBlock, connections_of, convert, own_class, stages
 from hcvision.training import TimmModule
 
 STEPS = ("width_connection", "depth_connection", "join")
@@ -27,6 +27,7 @@ class Mixing:
     leaves: bool  # and are left behind it
     by_channel: bool = False  # every channel has weights of its own
     entry: Tensor | None = None  # (E, S), how much of x each stream has where it was entered, None for all of it
+    exit: Tensor | None = None  # how much of each stream is left, (B, ..., S); None for the mean of the copies
 
     @property
     def streams(self) -> int:
@@ -34,7 +35,12 @@ class Mixing:
 
     @property
     def views(self) -> int:
-        return self.alpha.shape[-1] - self.streams
+        return self.alpha.shape[-1] - self.following
+
+    @property
+    def following(self) -> int:
+        """How many streams there are behind it: more of a history."""
+        return self.beta.shape[self.alpha.dim() - 2]
 
     @property
     def is_general(self) -> bool:
@@ -92,30 +98,28 @@ def _wrap(connection: Any, previous: Any, note: Callable[[Passage], None], enter
 
     def width_connection(x: Tensor, *time: Tensor | None) -> Any:
         view, carried = width(x, *time)
-        before.append((carried[0].flatten(-2), view))  # x in the type in which streams are stored
+        before.append((connection.show_streams(carried).flatten(-2), view))  # x in the type in which it is stored
         return view, carried
 
     def depth_connection(branch_output: Tensor, carried: Any) -> Tensor:
         after = depth(branch_output, carried)
         streams, view = before.pop()
-        mixed = carried[0].flatten(-2)
+        held, alpha, beta = connection.show_carried(carried, branch_output)
+        mixed = held.flatten(-2)
         if mixed.data_ptr() != streams.data_ptr() and not torch.equal(mixed, streams):
             raise ValueError("a block that scales its streams itself cannot be looked into")
         parts = [part.detach().unflatten(-1, (-1, size)) for part in (streams, view, branch_output, after)]
-        alpha, beta = connection.whole_weights(*carried[:3], branch_output)
-        by_channel = alpha.dim() > carried[0].dim()
+        by_channel = alpha.dim() > held.dim()
         entry = connection.scaled.scale.detach().mT.to(alpha.dtype) if enters and connection.has_entry else None
-        note(Passage(Mixing(alpha.detach(), beta.detach(), enters, leaves, by_channel, entry), *parts))
+        out = connection.show_exit(after) if leaves else None
+        out = None if out is None else out.detach()
+        note(Passage(Mixing(alpha.detach(), beta.detach(), enters, leaves, by_channel, entry, out), *parts))
         return after
 
     def join(branch_output: Tensor, carried: Any, *time: Tensor | None) -> Any:
         return width_connection(previous.depth_connection(branch_output, carried), *time)
 
     vars(connection).update(zip(STEPS, (width_connection, depth_connection, join), strict=True))
-
-
-def connections_of(block: nn.Module) -> list[Any]:
-    return [module for module in block.children() if isinstance(module, Connection)]
 
 
 def unfold(mixings: list[Mixing], reduce: Callable[[Tensor], Tensor] = lambda row: row) -> Tensor:
@@ -163,8 +167,11 @@ def unfold(mixings: list[Mixing], reduce: Callable[[Tensor], Tensor] = lambda ro
         if mixing.is_general:
             state[..., k + 1, :] += mixing.beta
         else:
-            state[..., torch.arange(mixing.streams), k + 1, _fractions(mixing)] += mixing.beta
-        if mixing.leaves:
+            after = torch.arange(mixing.following)
+            state[..., after, k + 1, after % views] += mixing.beta
+        if mixing.exit is not None:
+            state = torch.einsum("...s,...sjq->...jq", mixing.exit, state).unsqueeze(-3)
+        elif mixing.leaves:
             state = _mean_of_copies(state, mixing.views)
     rows.append(reduce(_mean_of_copies(state, views)))
     return torch.stack(rows, dim=-4)
