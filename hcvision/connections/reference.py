@@ -193,6 +193,12 @@ def read_by_channel(streams: Tensor, read: Tensor) -> Tensor:
 
 def read_gated(streams: Tensor, rows: Tensor, up: Tensor, gain: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
     """View (..., E), hidden numbers (..., r) and write (..., S); see ``steps.read_gated``."""
+    hidden, write = split_numbers(gate_numbers(streams, rows)[0], up.shape[1])
+    return read_by_channel(streams, open_gates(hidden, up, gain)), hidden, write
+
+
+def gate_numbers(streams: Tensor, rows: Tensor) -> Tuple[Tensor, Tensor]:
+    """vec(RMSNorm(streams)) @ rows^T / S: (..., S, E), (K, S*E) -> (..., K), and 1 / deviation (..., S, 1)."""
     count, width = streams.shape[-2], streams.shape[-1]
     streams = streams.to(rows.dtype)
     rstd, _ = inverse_deviation(streams, False)
@@ -200,9 +206,12 @@ def read_gated(streams: Tensor, rows: Tensor, up: Tensor, gain: Tensor) -> Tuple
     for i in range(1, count):
         projected = F.linear(streams[..., i, :], rows[:, i * width : (i + 1) * width])
         numbers = torch.addcmul(numbers, projected, rstd[..., i, :])
-    numbers = numbers / count
-    hidden, write = F.silu(numbers[..., : up.shape[1]]), 2 * numbers[..., up.shape[1] :].sigmoid()
-    return read_by_channel(streams, open_gates(hidden, up, gain)), hidden, write
+    return numbers / count, rstd
+
+
+def split_numbers(numbers: Tensor, rank: int) -> Tuple[Tensor, Tensor]:
+    """What the gates are made of (..., r), and the write (..., S), of both before their functions (..., r + S)."""
+    return F.silu(numbers[..., :rank]), 2 * numbers[..., rank:].sigmoid()
 
 
 def open_gates(hidden: Tensor, up: Tensor, gain: Tensor) -> Tensor:
@@ -220,11 +229,12 @@ def update_orthogonal(streams: Tensor, output: Tensor) -> Tuple[Tensor, Tensor, 
     return torch.addcmul(x + output, along, x, value=-1), along, inverse
 
 
-def update_low_rank(streams: Tensor, output: Tensor, low_rank: Tensor, scales: Tensor) -> Tuple[Tensor]:
-    """See ``steps.update_low_rank``."""
+def update_low_rank(streams: Tensor, output: Tensor, low_rank: Tensor, scales: Tensor) -> Tuple[Tensor, Tensor]:
+    """The next stream (..., 1, E), and A x (..., 1, r); see ``steps.update_low_rank``."""
     x = streams.to(low_rank.dtype)
-    carried = scales[1] * (x + F.linear(x, low_rank[0]) @ low_rank[1])
-    return (torch.addcmul(carried, scales[0], output.to(low_rank.dtype)),)
+    inner = F.linear(x, low_rank[0])
+    carried = scales[1] * (x + inner @ low_rank[1])
+    return torch.addcmul(carried, scales[0], output.to(low_rank.dtype)), inner
 
 
 def write_channels(streams: Tensor, output: Tensor, write: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from typing import Tuple
 import torch
 from torch import Tensor
 
-from hcvision.connections import eager, layout, reference
+from hcvision.connections import eager, layout, reference, unmixed
 from hcvision.connections.kernels import operators
 from hcvision.connections.modes import is_exporting, is_transformed, needs_operations, without_autocast
 from hcvision.connections.reference import Options, Rule
@@ -75,7 +75,7 @@ def read_channels(streams: Tensor, read: Tensor, write: Tensor) -> Tuple[Tensor,
     if torch.jit.is_scripting():
         view, placeholder = reference.read_channels(streams, read)
     else:
-        form = reference if needs_operations() else eager
+        form = reference if needs_operations() else unmixed
         with without_autocast(streams.device.type):
             view, placeholder = form.read_channels(streams, read)
     return view, streams, read, write, placeholder
@@ -90,7 +90,7 @@ def write_channels(streams: Tensor, output: Tensor, write: Tensor, placeholder: 
         with without_autocast(streams.device.type):
             if needs_operations() or placeholder is streams:
                 return reference.write_channels(streams, output, write)
-            return eager.write_channels(placeholder, output, write)
+            return unmixed.write_channels(placeholder, output, write)
 
 
 @torch.fx.wrap
@@ -111,7 +111,7 @@ def read_gated(
             if needs_operations():
                 view, hidden, write = reference.read_gated(streams, rows, up, gain)
             else:
-                view, hidden, write, placeholder = eager.read_gated(streams, rows, up, gain)
+                view, hidden, write, placeholder = unmixed.read_gated(streams, rows, up, gain)
     return view.to(streams.dtype), streams, hidden, write, placeholder
 
 
@@ -129,7 +129,7 @@ def update_orthogonal(streams: Tensor, output: Tensor) -> Tensor:
     if torch.jit.is_scripting():
         following = reference.update_orthogonal(streams, output)[0]
     else:
-        form = reference if needs_operations() else eager
+        form = reference if needs_operations() else unmixed
         with without_autocast(streams.device.type):
             following = form.update_orthogonal(streams, output)[0]
     return following.flatten(-2).to(streams.dtype)
@@ -158,7 +158,7 @@ def update_low_rank(streams: Tensor, output: Tensor, low_rank: Tensor, scales: T
     if torch.jit.is_scripting():
         following = reference.update_low_rank(streams, output, low_rank, scales)[0]
     else:
-        form = reference if needs_operations() else eager
+        form = reference if needs_operations() else unmixed
         with without_autocast(streams.device.type):
             following = form.update_low_rank(streams, output, low_rank, scales)[0]
     return following.flatten(-2).to(streams.dtype)
