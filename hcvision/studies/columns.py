@@ -1,7 +1,7 @@
 """More columns for the report of a study of classifiers: what of a cell is measured at its end, beside top-1."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytorch_lightning as pl
@@ -11,7 +11,7 @@ from hcvision.studies.calibration import Calibration
 from hcvision.studies.insight import StreamDiversity
 from hcvision.studies.measuring import PRECISIONS
 from hcvision.studies.probing import Protocol, check_data, collect
-from hcvision.studies.statistics import Metric
+from hcvision.studies.statistics import Metric, Outcome
 
 MOST = 20  # neighbours of the column knn
 
@@ -58,6 +58,7 @@ COLUMNS = {
 CALIBRATED = ("ece", "scaled_ece", "brier")
 PROBED = ("knn", "linear")
 DIVERSE = ("rank", "cosine")
+ENDING = ". All of the validation images; -: not recorded."  # of what a report says of columns
 
 
 def check_columns(names: Sequence[str], several_devices: bool) -> None:
@@ -127,4 +128,17 @@ def measure_columns(
 
 def describe_columns(names: Sequence[str]) -> str:
     """What the reader of the table has to know of columns."""
-    return "; ".join(COLUMNS[name].about for name in names) + ". All of the validation images; -: not recorded."
+    return "; ".join(COLUMNS[name].about for name in names) + ENDING
+
+
+def show_columns(study: Outcome, names: Sequence[str]) -> Outcome:
+    """A study that is done, with these columns in its report, in the place of those that it had.
+
+    Raises:
+        ValueError: a column that is not there, or is named twice.
+    """
+    check_columns(names, several_devices=False)
+    own = [metric for metric in study.metrics if not metric.is_optional]
+    more = [COLUMNS[name].metric for name in names]
+    notes = [note for note in study.notes if not note.endswith(ENDING)] + [describe_columns(names)] * bool(names)
+    return replace(study, metrics=[*own, *(m for m in more if m.name not in {o.name for o in own})], notes=notes)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hcvision.data import markdown, write_csv, write_whole
+from hcvision.studies.columns import show_columns
 from hcvision.studies.equal_time import NONE, compare_at_equal_time
 from hcvision.studies.figures import draw_curves, draw_differences
 from hcvision.studies.statistics import (
@@ -47,15 +48,19 @@ def read_study(folder: Path) -> Outcome:
         raise ValueError(f"{path} is no study.json of `hcvision compare`, or a damaged one: {error!r}") from error
 
 
-def report(folder: str) -> None:
+def report(folder: str, columns: list[str] | None = None) -> None:
     """Write a study's report.md and its pictures again, from the study.json, results.csv and curves.csv beside them.
 
     Args:
         folder: of a study, such as docs/results/fashion_mnist.
+        columns: more columns, as for `hcvision compare`, of what results.csv has; study.json keeps them.
 
     Raises:
         FileNotFoundError: it holds no study.
+        ValueError: a column that is not there.
     """
+    if columns is not None:
+        show_columns(read_study(Path(folder)), columns).write(Path(folder))
     print(f"{write_report(Path(folder)).read_text()}\nreport: {Path(folder) / 'report.md'}")
 
 

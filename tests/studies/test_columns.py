@@ -15,7 +15,7 @@ from hcvision.studies.columns import COLUMNS
 from hcvision.studies.generation import GenerationStudy
 from hcvision.studies.probing.features import collect
 from hcvision.studies.probing.neighbours import predict_by_neighbours
-from hcvision.studies.reporting import findings, read_results, read_study, table, write_report
+from hcvision.studies.reporting import findings, read_results, report, table, write_report
 from hcvision.studies.statistics import TOP1, Curve, Outcome, count_comparisons
 from hcvision.studies.study import Study
 from hcvision.training.checkpoints import last_checkpoint
@@ -79,15 +79,24 @@ def test_studies_of_before_are_drawn_again_with_columns(tmp_path):
     folder = tmp_path / "study"
     shutil.copytree(RESULTS / "fashion_mnist", folder)
     content = json.loads((folder / "study.json").read_text())
-    study = read_study(folder)
-    study.metrics += [METRICS["nll"], METRICS["ece"]]
-    study.write(folder)
-    text = write_report(folder).read_text()
+    report(str(folder), ["nll", "ece"])
+    text = (folder / "report.md").read_text()
+    assert "\n\nNLL: negative log-likelihood; ECE: " in text
     lines = [cells_of(line) for line in text.splitlines() if line.startswith("| ") and "---" not in line]
     place = lines[0].index("NLL")
     losses = [row["val_loss"] for row in read_results(folder) if row["variant"] == "residual"]
     assert lines[1][place] == f"{np.mean(losses):.4f} ± {np.std(losses, ddof=1):.4f}"
     assert {line[lines[0].index("ECE %")] for line in lines[1 : 1 + len(content["variants"])]} == {"-"}
+    report(str(folder), ["nll"])  # instead of those, and what a report is made from keeps them
+    text = (folder / "report.md").read_text()
+    assert "NLL" in text
+    assert "ECE" not in text
+    assert write_report(folder).read_text() == text
+    report(str(folder), [])
+    assert "NLL" not in (folder / "report.md").read_text()
+    assert json.loads((folder / "study.json").read_text())["notes"] == content["notes"]
+    with pytest.raises(ValueError, match="unknown column 'nnl'"):
+        report(str(folder), ["nnl"])
 
 
 @pytest.fixture
@@ -144,8 +153,8 @@ def test_columns_are_measured_when_a_cell_ends(make, image_folder, tmp_path, mon
     for cell in out.glob("*/seed3/result.json"):
         known = json.loads(cell.read_text())
         cell.write_text(json.dumps({name: value for name, value in known.items() if name not in measured}))
-    report = make().run(say=lambda _: None).read_text()
-    (line,) = [cells_of(line) for line in report.splitlines() if line.startswith("| dhc2 ")]
+    text = make().run(say=lambda _: None).read_text()
+    (line,) = [cells_of(line) for line in text.splitlines() if line.startswith("| dhc2 ")]
     assert line.count("-") == 2 * 6 + 2
     assert "columns" not in (out / "study.json").read_text()
 
