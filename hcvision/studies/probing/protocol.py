@@ -98,14 +98,14 @@ class Protocol:
             train: features and classes of the training images.
             test: the same of the images that are scored.
             names: of the K classes.
-            device: where it is computed: in float64 on a CPU, else in float32.
+            device: where it is computed; the linear probe in float64 on a CPU, else in float32.
             tick: called after each linear probe that was fitted.
 
         Returns:
             ``knn10``, ``knn20`` (of each k), ``linear``; ``..._std``; ``l2``, the linear probe's penalty by seed.
         """
         dtype = torch.float64 if device == "cpu" else torch.float32
-        bank, queries = (part[0].to(device, dtype) for part in (train, test))
+        bank, queries = (part[0].to(device) for part in (train, test))
         labels, answers = (part[1].to(device) for part in (train, test))
         found: dict[str, list[float]] = {}
         penalties: list[float] = []
@@ -124,7 +124,7 @@ class Protocol:
             if "linear" in self.probes:
                 is_held_out = torch.zeros(len(own), dtype=torch.bool, device=device)
                 is_held_out[split_by_class(own.cpu(), HELD_OUT, seed, names)[1]] = True  # type: ignore[arg-type]
-                probe = fit_linear_probe(features, own, len(names), is_held_out, tick)
+                probe = fit_linear_probe(features.to(dtype), own, len(names), is_held_out, tick)
                 penalties.append(probe.l2)
                 note("linear", probe(queries).argmax(1))
         scores: dict[str, Any] = {}
