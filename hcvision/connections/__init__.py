@@ -40,13 +40,14 @@ from hcvision.connections.history import HistoryConnection, Place
 from hcvision.connections.hyper import HyperConnection
 from hcvision.connections.identity import IdentityConnection
 from hcvision.connections.manifold import ITERATIONS, ManifoldConnection
-from hcvision.connections.names import NAMES, TIMED, build_connection, has_history, parse_connection
+from hcvision.connections.names import NAMES, NEED_TIME, TIMED, build_connection, has_history, parse_connection
 from hcvision.connections.streams import BACKENDS, StreamConnection
 
 __all__ = [
     "BACKENDS",
     "ITERATIONS",
     "NAMES",
+    "NEED_TIME",
     "TIMED",
     "Connection",
     "FracConnection",

@@ -27,6 +27,28 @@ class AttentionRead(Read):
         return log.attend(log.score_entries(entries, self.query))
 
 
+class TimedRead(AttentionRead):
+    """The same by a query of the image: the learned one, and its time's embedding times a number that starts at 0."""
+
+    def __init__(self, dim: int, like: Tensor):
+        super().__init__(dim, like)
+        self.time_scale = nn.Parameter(like.new_zeros(1))
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Zero, both of them."""
+        self.query.zero_()
+        if hasattr(self, "time_scale"):
+            self.time_scale.zero_()
+
+    def forward(self, entries: List[Tensor], time: Optional[Tensor]) -> Tensor:
+        """See ``Read``; time is (B, D), of images (B, N, D)."""
+        query: Tensor = self.query
+        if time is not None:
+            query = log.add_time(query, self.time_scale, time, entries)
+        return log.attend(log.score_entries(entries, query))
+
+
 class AttentionConnection(HistoryConnection):
     """Attention residuals: a sub-layer reads all earlier outputs by a softmax over them (arXiv 2603.15031).
 
@@ -60,5 +82,33 @@ class AttentionConnection(HistoryConnection):
         return place.layer % self.rate == 0
 
     def make_read(self, entries: int) -> Read:
+        """See ``HistoryConnection``."""
+        return AttentionRead(self.dim, self.like)
+
+
+class TimedConnection(AttentionConnection):
+    """DAR, attention residuals of a diffusion model whose queries see the time (arXiv 2605.20708).
+
+    As ``AttentionConnection``, with the query w_l + s_l e(t) of each image, where e(t) (B, D) is the embedding of its
+    time that the model makes. The paper has no number s_l, or always 1; ours is learned and starts at 0, so that the
+    start is the residual model. The read-out behind the last sub-layer does not see the time. In the paper four
+    sub-layers make one entry: ``dar4``.
+
+    Args:
+        rate: sub-layers that make one entry.
+    """
+
+    undecayed = (*AttentionConnection.undecayed, "read.time_scale")
+
+    @property
+    def name(self) -> str:
+        """``dar``, ``dar4``, ..."""
+        return f"dar{self.rate}" if self.rate > 1 else "dar"
+
+    def make_read(self, entries: int) -> Read:
+        """See ``HistoryConnection``."""
+        return TimedRead(self.dim, self.like)
+
+    def make_exit(self, entries: int) -> Read:
         """See ``HistoryConnection``."""
         return AttentionRead(self.dim, self.like)

@@ -104,7 +104,7 @@ def mix_entries(entries: List[Tensor], weights: Tensor) -> Tensor:
 
 @torch.fx.wrap
 def score_entries(entries: List[Tensor], query: Tensor) -> Tensor:
-    """query . RMSNorm(v_j) / sqrt(D), in float32 at least: (..., S)."""
+    """query . RMSNorm(v_j) / sqrt(D) of a query (D,) or (B, 1, ..., D), in float32 at least: (..., S)."""
     if torch.jit.is_scripting():
         return project_entries(entries, query)
     else:
@@ -112,6 +112,22 @@ def score_entries(entries: List[Tensor], query: Tensor) -> Tensor:
             if needs_operations():
                 return project_entries(entries, query)
             return Score.apply(query, *entries)
+
+
+@torch.fx.wrap
+def add_time(query: Tensor, scale: Tensor, time: Tensor, entries: List[Tensor]) -> Tensor:
+    """The query (D,) and a number times the time embeddings (B, D), for entries (B, ..., D): (B, 1, ..., D).
+
+    Raises:
+        ValueError: the embeddings are not (B, D).
+    """
+    first = entries[0]
+    expected = [first.shape[0], first.shape[-1]]
+    if not torch.jit.is_tracing() and list(time.shape) != expected:
+        raise ValueError(f"the time embedding must be {expected}, got {list(time.shape)}")
+    wide = time.to(torch.promote_types(time.dtype, torch.float32))
+    places = [first.shape[0]] + [1] * (first.dim() - 2) + [first.shape[-1]]
+    return query + scale * wide.reshape(places)
 
 
 @torch.fx.wrap
@@ -192,7 +208,7 @@ class Score(torch.autograd.Function):
                 wide = entry.to(grad.dtype)
                 inverse = measure(wide)
                 back, score = grad[..., j, None] * inverse, scores[..., j, None]
-                grad_query += (back * wide).flatten(0, -2).sum(0)
+                grad_query += (back * wide).sum_to_size(query.shape)
                 grads.append((back * (wide_query - wide * (score * inverse))).to(entry.dtype))
             return grad_query.to(query.dtype), *grads
 

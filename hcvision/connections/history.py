@@ -72,7 +72,7 @@ class HistoryConnection(Connection):
     parts = {"width": ("read", "exit"), "depth": ()}  # noqa: RUF012 - as of StreamConnection
     like: Tensor  # of the type and on the device of the parameters
     tap = "sum"  # what of the entries is the state of the model behind a block: their sum, or the last
-    undecayed = ("read.weights", "exit.weights", "read.query", "exit.query")
+    undecayed: Tuple[str, ...] = ("read.weights", "exit.weights", "read.query", "exit.query")
 
     def __init__(
         self,
@@ -116,6 +116,10 @@ class HistoryConnection(Connection):
         """What reads so many entries."""
         raise NotImplementedError
 
+    def make_exit(self, entries: int) -> Read:
+        """What reads so many entries behind the last sub-layer."""
+        return self.make_read(entries)
+
     @torch.jit.ignore
     def choose_backend(self, backend: str) -> None:
         """``auto`` and ``torch`` are the same here.
@@ -138,7 +142,7 @@ class HistoryConnection(Connection):
         if not wanted:
             self.exit = Newest()
         elif isinstance(self.exit, Newest):
-            self.exit = self.make_read(self.following)
+            self.exit = self.make_exit(self.following)
 
     @torch.jit.ignore
     def continues(self, before: Connection) -> bool:

@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from hcvision.connections.attention import AttentionConnection
+from hcvision.connections.attention import AttentionConnection, TimedConnection
 from hcvision.connections.base import Connection, Residual
 from hcvision.connections.channelwise import ChannelwiseConnection
 from hcvision.connections.dense import DenseConnection
@@ -37,6 +37,7 @@ BUILDERS: dict[str, Callable[..., Connection]] = {  # by kind, called with dim, 
     "krom": KroneckerConnection,
     "dense": DenseConnection,
     "attnres": AttentionConnection,
+    "dar": TimedConnection,
 }
 KINDS = tuple(BUILDERS)
 NUMBER = r"([1-9]\d*)"
@@ -46,9 +47,11 @@ SPELLINGS = {  # what follows a kind, where it is not just its rate
     "laurel": "",
     "dense": "",
     "attnres": f"{NUMBER}?",
+    "dar": f"{NUMBER}?",
 }
 SUCCESSORS = ("mhc4", "ihc4", "ghc2x3", "sihc4", "gr4", "oru", "laurel", "mhclite4", "krom4")
 HISTORIES = ("dense", "attnres", "attnres4")
+NEED_TIME = ("dar",)  # kinds for diffusion models alone
 TIMED = ("shc", "dhc", "sfc", "dfc", "mhc", "ihc", "mhclite", "krom")  # can see the time of a diffusion model
 NAMES = (*(f"{kind}{rate}" for kind in KINDS[:4] for rate in (2, 4, 8)), *SUCCESSORS, *HISTORIES)  # timm names end so
 
@@ -79,7 +82,8 @@ def build_connection(name: str, dim: int, layer_index: int = 0, **options) -> "C
     Args:
         name: ``residual``; static/dynamic + hyper/frac + rate: ``shc2``, ``dhc4``, ``sfc2``, ``dfc4``; or a
             successor: ``mhc4``, ``ihc4``, ``ghc2x3``, ``sihc4``, ``gr4``, ``oru``, ``laurel``,
-            ``mhclite4``, ``krom4``; or one that reads a history: ``dense``, ``attnres``, ``attnres4``.
+            ``mhclite4``, ``krom4``; or one that reads a history: ``dense``, ``attnres``, ``attnres4``, and
+            ``dar4`` in a diffusion model.
         dim: width of the model (timm's embed_dim).
         layer_index: index of the sub-layer, counted from 0 over attention and MLP alike.
         **options: keyword arguments of the class: ``tanh``, ``norm``, ``backend``, ``device``, ``dtype``, and

@@ -10,6 +10,7 @@ from timm.models._features import FeatureGetterNet
 from torch import nn
 
 from hcvision.connections import (
+    NEED_TIME,
     TIMED,
     Connection,
     HistoryConnection,
@@ -131,8 +132,9 @@ def convert(
             raise ValueError(
                 f"block {i} of this {own_class(model).__name__} has a connection already ({block.connection1.name})"
             )
-        if time and not mixin.sees_time:
-            raise ValueError(f"time=True needs a model that embeds a time, a DiT, got a {own_class(model).__name__}")
+        if (time or kind in NEED_TIME) and not mixin.sees_time:
+            asked = "time=True" if time else connection
+            raise ValueError(f"{asked} needs a model that embeds a time, a DiT, got a {own_class(model).__name__}")
         options |= {"time_dim": mixin.dim(block)} if time else {}
         like = next(block.parameters())
         new: dict[str, Any] = {"channels_first": mixin.is_channels_first(block), "entry_rate": 1, "exit_rate": 1}

@@ -342,5 +342,7 @@ PIXEL = tuple(
     for patch in (2, 4)
 )
 NAMES = tuple(
-    name for base in LATENT + PIXEL for name in (base, *(register_name(base, connection) for connection in CONNECTIONS))
+    name
+    for base in LATENT + PIXEL
+    for name in (base, *(register_name(base, connection) for connection in (*CONNECTIONS, "dar4")))
 )

@@ -146,6 +146,49 @@ def test_dit(name):
     assert (randomize(twin)(x, t, y) - expected).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("name", ["dar", "dar2"])
+def test_dit_by_hand(name):
+    """DAR with random parameters: each query is the learned one and a number times the time's embedding."""
+    model = randomize(hcvision.convert(DiT(8, 2, 4, 10, embed_dim=24, depth=2, num_heads=2), name)).double()
+    x, t, y = torch.randn(2, 4, 8, 8, dtype=torch.float64), torch.tensor([1, 700]), torch.tensor([0, 10])
+    expected = model(x, t, y)
+    time = model.t_embedder(t)
+    c = time + model.y_embedder(y)
+    entries, group, layers, size = [model.x_embedder(x) + model.pos_embed], [], 0, int(name[3:] or 1)
+    for block in model.blocks:
+        for connection, branch in ((block.connection1, block.branch1), (block.connection2, block.branch2)):
+            seen = [*entries, sum(group)] if group else entries
+            if layers:
+                queries = connection.read.query + connection.read.time_scale * time
+                rows = [read_by_attention([v[i] for v in seen], query) for i, query in enumerate(queries)]
+                group.append(branch(torch.stack(rows), c))
+            else:
+                group.append(branch(entries[0], c))
+            layers += 1
+            if len(group) == size:
+                entries, group = [*entries, sum(group)], []
+    read_out = read_by_attention(entries, model.blocks[-1].connection2.exit.query)
+    out = model.final_layer(read_out, c)
+    out = out.unflatten(-1, (2, 2, 8)).unflatten(1, (4, 4)).permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
+    torch.testing.assert_close(expected, out, rtol=0, atol=1e-11)
+    seed = torch.randn_like(out)
+    gradients = [torch.autograd.grad(one, list(model.parameters())[1:], seed) for one in (expected, out)]
+    for (key, _), a, b in zip(list(model.named_parameters())[1:], *gradients, strict=True):
+        assert b.abs().max() > 1e-13, f"{key} has no gradient"
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11, msg=lambda m, key=key: f"{key}: {m}")
+
+
+def test_dar_needs_a_time():
+    with pytest.raises(ValueError, match="dar4 needs a model that embeds a time, a DiT, got a VisionTransformer"):
+        hcvision.convert(build(None), "dar4")
+    assert "dit_s_patch2_256_dar4" in timm.list_models("dit_*")
+    assert not timm.is_model("vit_small_patch16_224_dar4")
+    model = hcvision.convert(randomize(DiT(8, 2, 4, 10, embed_dim=24, depth=2, num_heads=2)), "dar4")
+    twin = hcvision.convert(copy.deepcopy(model), "residual")
+    x, t, y = torch.randn(2, 4, 8, 8), torch.tensor([1, 700]), torch.tensor([0, 10])
+    torch.testing.assert_close(model(x, t, y), twin(x, t, y), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["dense", "attnres", "attnres2"])
 @pytest.mark.parametrize("part", [0, 1])
 def test_gradients(name, part):
