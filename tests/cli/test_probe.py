@@ -12,7 +12,7 @@ from hcvision.data.module import ImageData
 from hcvision.studies.probing import command, features
 from hcvision.studies.probing.neighbours import predict_by_neighbours
 
-PROBE = ("--data.num_workers=0", "--data.img_size=32", "--device=cpu", "--seeds=[0,1]", "--neighbours=[4]")
+PROBE = ("--data.num_workers=0", "--data.img_size=32", "--device=cpu", "--seeds=[0,1]", "--neighbours=4")
 
 
 def read(out):
@@ -66,7 +66,7 @@ def test_a_run(image_folder, tmp_path, capsys):
     main(["probe", str(run), f"--out={tmp_path / 'out'}", *PROBE[2:]])
     main(["export", str(run), str(tmp_path / "saved")])
     main(["probe", str(tmp_path / "saved"), f"--data.root={image_folder}", f"--out={tmp_path / 'out'}", *PROBE])
-    few = ("--shots=5", "--probes=[knn]", f"--out={tmp_path / 'few'}")
+    few = ("--shots=5", "--probes=knn", f"--out={tmp_path / 'few'}")
     main(["probe", str(run), f"--data.root={image_folder}", *PROBE, *few])
     lines = read(tmp_path / "out")
     assert lines[0]["checkpoint"].startswith(str(run / "checkpoints"))

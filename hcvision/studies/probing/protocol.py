@@ -2,7 +2,7 @@
 
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -32,14 +32,15 @@ class Protocol:
         ValueError: an argument out of range.
     """
 
-    probes: Sequence[str] = PROBES
-    neighbours: Sequence[int] = (10, 20)
+    probes: list[str] = field(default_factory=lambda: [*PROBES])
+    neighbours: list[int] = field(default_factory=lambda: [10, 20])
     temperature: float = TEMPERATURE
-    seeds: Sequence[int] = (0, 1, 2)
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     shots: int | None = None
 
     def __post_init__(self) -> None:
-        for name, values in {"probes": self.probes, "neighbours": self.neighbours, "seeds": self.seeds}.items():
+        lists: dict[str, list[Any]] = {"probes": self.probes, "neighbours": self.neighbours, "seeds": self.seeds}
+        for name, values in lists.items():
             if not values or len({*values}) < len(values):
                 raise ValueError(f"{name} must be one or more different ones, got {list(values)}")
         for probe in self.probes:
