@@ -7,10 +7,11 @@ from torch import Tensor, nn
 
 from hcvision.connections import steps
 from hcvision.connections.base import check_count
-from hcvision.connections.streams import StreamConnection, carry_unmixed
+from hcvision.connections.entry import EnteredConnection
+from hcvision.connections.streams import carry_unmixed
 
 
-class ChannelwiseConnection(StreamConnection):
+class ChannelwiseConnection(EnteredConnection):
     """SiHC: n streams, static weights for every channel of every stream, no mixing (arXiv 2609.33895).
 
     ::
@@ -30,15 +31,17 @@ class ChannelwiseConnection(StreamConnection):
         rate: n.
         layer_index: k, counted from 0 over sub-layers.
         backend: ``torch`` or ``auto``, which is the same here; there is no kernel.
+        entry: ``copies``, streams start equal; or ``scaled``, they start different, and reads are 1/n each: the
+            residual model up to rounding. See ``ScaledCopies``.
 
     Raises:
-        ValueError: rate < 1, layer_index < 0, backend ``triton`` or ``native``.
+        ValueError: rate < 1, layer_index < 0, backend ``triton`` or ``native``, an unknown entry.
     """
 
     has_kernels = False
     mixes = False
     dynamic = False
-    undecayed = ("read_weight", "write_weight")
+    undecayed = ("read_weight", "write_weight", "scaled.scale")
     parts = {"width": ("read",), "depth": ("write",)}  # noqa: RUF012
 
     def __init__(
@@ -48,12 +51,13 @@ class ChannelwiseConnection(StreamConnection):
         layer_index: int = 0,
         *,
         backend: str = "auto",
+        entry: str = "copies",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
         check_count("rate", rate, 1)
         check_count("layer_index", layer_index, 0)
-        super().__init__(dim, rate, rate, 1, layer_index, backend)
+        super().__init__(dim, rate, layer_index, backend, entry)
         self.read_weight = nn.Parameter(torch.empty(rate, dim, device=device, dtype=dtype))
         self.write_weight = nn.Parameter(torch.empty(rate, dim, device=device, dtype=dtype))
         self.reset_parameters()
@@ -66,8 +70,10 @@ class ChannelwiseConnection(StreamConnection):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Set every parameter to its initial value."""
-        self.read_weight.zero_()
-        self.read_weight[self.layer_index % self.rate] = 1.0
+        self.read_weight.fill_(1 / self.rate if self.has_entry else 0.0)
+        if not self.has_entry:
+            self.read_weight[self.layer_index % self.rate] = 1.0
+        self.reset_entry()
         self.write_weight.fill_(1.0)
 
     def parameter_dtype(self) -> torch.dtype:

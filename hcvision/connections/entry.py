@@ -1,10 +1,52 @@
 """Streams that start different: copies of x, each scaled channel by channel."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
+from hcvision.connections.base import check_count, expand_streams
+from hcvision.connections.streams import StreamConnection
+
 ENTRIES = ("copies", "scaled")  # equal streams, or different ones
 STRENGTH = 0.6
+
+
+class EnteredConnection(StreamConnection):
+    """A connection of n streams and one view whose streams are entered as equal copies, or scaled (``entry``).
+
+    Raises:
+        ValueError: an unknown entry; or scaled streams, and fewer than two.
+    """
+
+    def __init__(self, dim: int, rate: int, layer_index: int, backend: str, entry: str):
+        if entry not in ENTRIES:
+            raise ValueError(f"entry must be {' or '.join(ENTRIES)}, got {entry!r}")
+        if entry == "scaled":
+            check_count("rate", rate, 2)
+        super().__init__(dim, rate, rate, 1, layer_index, backend)
+        self.entry, self.has_entry = entry, entry == "scaled"
+        self.scaled: Any = nn.Identity()
+
+    @torch.jit.ignore
+    def place_entry(self, wanted: bool) -> None:
+        """Make the scales in front of the first sub-layer, or take them away; what is there and wanted stays."""
+        if not wanted:
+            self.scaled = nn.Identity()
+        elif isinstance(self.scaled, nn.Identity):
+            like = next(self.parameters())
+            self.scaled = ScaledCopies(self.dim, self.rate, like.device, like.dtype)
+
+    def enter(self, x: Tensor, rate: int) -> Tensor:
+        """The streams of x, (..., dim) -> (..., n * dim): copies, or scaled ones; x itself at a rate of 1."""
+        if self.has_entry and rate > 1:
+            return self.scaled(x)
+        return expand_streams(x, rate)
+
+    def reset_entry(self) -> None:
+        """Set the scales to their initial values, where there are any."""
+        if isinstance(self.scaled, ScaledCopies):
+            self.scaled.reset_parameters()
 
 
 class ScaledCopies(nn.Module):

@@ -7,10 +7,11 @@ from torch import Tensor, nn
 
 from hcvision.connections import reference, steps
 from hcvision.connections.base import check_count
-from hcvision.connections.streams import StreamConnection, carry_unmixed
+from hcvision.connections.entry import EnteredConnection
+from hcvision.connections.streams import carry_unmixed
 
 
-class GatedConnection(StreamConnection):
+class GatedConnection(EnteredConnection):
     """GR: n streams, read by a gate for every channel of a token, written by a number a stream (arXiv 2608.30320).
 
     ::
@@ -39,15 +40,17 @@ class GatedConnection(StreamConnection):
         rate: n.
         layer_index: k, counted from 0 over sub-layers.
         backend: ``torch`` or ``auto``, which is the same here; there is no kernel.
+        entry: ``copies``, streams start equal; or ``scaled``, they start different, and reads are 1/n each: the
+            residual model up to rounding. See ``ScaledCopies``.
 
     Raises:
-        ValueError: rate < 1, layer_index < 0, backend ``triton`` or ``native``.
+        ValueError: rate < 1, layer_index < 0, backend ``triton`` or ``native``, an unknown entry.
     """
 
     has_kernels = False
     mixes = False
     dynamic = True
-    undecayed = ("gain",)
+    undecayed = ("gain", "scaled.scale")
     parts = {"width": ("gain", "gate"), "depth": ("write",)}  # noqa: RUF012
 
     def __init__(
@@ -57,12 +60,13 @@ class GatedConnection(StreamConnection):
         layer_index: int = 0,
         *,
         backend: str = "auto",
+        entry: str = "copies",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
         check_count("rate", rate, 1)
         check_count("layer_index", layer_index, 0)
-        super().__init__(dim, rate, rate, 1, layer_index, backend)
+        super().__init__(dim, rate, layer_index, backend, entry)
         rank, width = max(1, dim // 8), rate * dim
 
         def parameter(*shape: int) -> nn.Parameter:
@@ -81,8 +85,10 @@ class GatedConnection(StreamConnection):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Set every parameter to its initial value."""
-        self.gain.zero_()
-        self.gain[self.layer_index % self.rate] = 1.0
+        self.gain.fill_(1 / self.rate if self.has_entry else 0.0)
+        if not self.has_entry:
+            self.gain[self.layer_index % self.rate] = 1.0
+        self.reset_entry()
         generator = torch.Generator().manual_seed(self.layer_index)
         self.gate_down.copy_(torch.randn(self.gate_down.shape, generator=generator) * self.dim**-0.5)
         self.gate_up.zero_()
@@ -103,9 +109,12 @@ class GatedConnection(StreamConnection):
         """alpha (..., n, 1+n), whose read is the mean over channels, and beta (..., n).
 
         Beside connections that write every channel alike the mean over channels may be taken before weights are
-        multiplied out.
+        multiplied out. Not where streams were entered with a scale for each channel: (..., dim, n, 1+n) and (..., 1, n)
+        there.
         """
         gates = reference.open_gates(alpha, self.gate_up.to(alpha.dtype), self.gain.to(alpha.dtype))
+        if self.has_entry:
+            return carry_unmixed(gates.mT), beta[..., None, :]
         return carry_unmixed(gates.mean(-1)), beta
 
     def extra_repr(self) -> str:

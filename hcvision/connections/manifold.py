@@ -6,16 +6,15 @@ import torch
 from torch import Tensor, nn
 
 from hcvision.connections import layout, reference, steps
-from hcvision.connections.base import check_count, expand_streams
-from hcvision.connections.entry import ENTRIES, ScaledCopies
+from hcvision.connections.base import check_count
+from hcvision.connections.entry import EnteredConnection
 from hcvision.connections.functions import skip_binding
 from hcvision.connections.modes import needs_operations
-from hcvision.connections.streams import StreamConnection
 
 ITERATIONS = 20
 
 
-class ManifoldConnection(StreamConnection):
+class ManifoldConnection(EnteredConnection):
     """mHC: n streams with a doubly stochastic mixing matrix, all weights from all streams (arXiv 2512.24880, eq. 7-9).
 
     ::
@@ -70,11 +69,7 @@ class ManifoldConnection(StreamConnection):
     ):
         check_count("rate", rate, 2)
         check_count("layer_index", layer_index, 0)
-        if entry not in ENTRIES:
-            raise ValueError(f"entry must be {' or '.join(ENTRIES)}, got {entry!r}")
-        super().__init__(dim, rate, rate, 1, layer_index, backend)
-        self.entry, self.has_entry = entry, entry == "scaled"
-        self.scaled: Any = nn.Identity()
+        super().__init__(dim, rate, layer_index, backend, entry)
         sizes = {"pre": rate, "post": rate}
         if self.mixes:
             sizes["res"] = len(self.first_mixing())
@@ -104,24 +99,9 @@ class ManifoldConnection(StreamConnection):
             read /= 2
             read[self.layer_index % self.rate] += 0.5
         self.bias_pre.copy_(read.logit())
-        if isinstance(self.scaled, ScaledCopies):
-            self.scaled.reset_parameters()
+        self.reset_entry()
         if self.mixes:
             self.bias_res.copy_(self.first_mixing())
-
-    @torch.jit.ignore
-    def place_entry(self, wanted: bool) -> None:
-        """Make the scales in front of the first sub-layer, or take them away; what is there and wanted stays."""
-        if not wanted:
-            self.scaled = nn.Identity()
-        elif isinstance(self.scaled, nn.Identity):
-            self.scaled = ScaledCopies(self.dim, self.rate, self.bias_pre.device, self.bias_pre.dtype)
-
-    def enter(self, x: Tensor, rate: int) -> Tensor:
-        """The streams of x, (..., dim) -> (..., n * dim): copies, or scaled ones; x itself at a rate of 1."""
-        if self.has_entry and rate > 1:
-            return self.scaled(x)
-        return expand_streams(x, rate)
 
     def rule(self) -> Tuple[List[Tensor], List[Tensor], List[Tensor]]:
         """phi, the scales and the biases: of the read, of the write, of the mixing."""

@@ -17,7 +17,7 @@ from hcvision.studies.insight.unfolding import unfold, unfolded_matrix, watch
 
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3, "num_classes": 10}
 SWIN = {"img_size": 64, "embed_dim": 24, "depths": (2, 2), "num_heads": (1, 2), "window_size": 4, "num_classes": 10}
-KINDS = ("mhc2", "mhc4", "ihc4", "mhclite3", "krom4")
+KINDS = ("mhc2", "mhc4", "ihc4", "mhclite3", "krom4", "sihc3", "gr2")
 NAME = "vit_tiny_patch16_224"
 
 
@@ -110,13 +110,13 @@ def test_the_formula(connection):
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-11)
 
 
-@pytest.mark.parametrize("connection", ["mhc4", "ihc2"])
+@pytest.mark.parametrize("connection", ["mhc4", "ihc2", "sihc3", "gr2"])
 def test_who_reads_whom(connection):
     """The unfolded matrix, channel by channel, gives every input of a sub-layer back."""
     model = randomize(hcvision.create_model(NAME, connection, **TINY, connection_entry="scaled").double()).eval()
     x = images()
     seen, _ = passages(model, x)
-    c = unfold([passage.mixing for passage in seen])[..., 0, :, 0]  # (B, N, E, L+1, L+1)
+    c = unfold([passage.mixing for passage in seen])[..., 0, :, 0]  # (B, N, E, L+1, L+1), N of 1 for all tokens alike
     with torch.no_grad():
         tokens = model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(x))))
     outputs = torch.stack([tokens, *(passage.output.squeeze(-2) for passage in seen)], dim=-1)  # (B, N, E, L+1)
@@ -172,5 +172,8 @@ def test_bfloat16():
 def test_entries_that_are_not_there():
     with pytest.raises(ValueError, match="entry must be copies or scaled, got 'scale'"):
         build_connection("mhc4", 24, entry="scale")
+    for one in ("sihc1", "gr1"):
+        with pytest.raises(ValueError, match="rate must be an integer of at least 2, got 1"):
+            build_connection(one, 24, entry="scaled")
     with pytest.raises(TypeError, match="entry"):
         build_connection("dhc4", 24, entry="scaled")
