@@ -235,7 +235,7 @@ class DiT(nn.Module):
 
         Returns:
             (B, C, H, W), or (B, 2 C, H, W) with ``learn_sigma``. With a tap a tuple of it and of the tokens, (B, N, D),
-            the mean of the streams where there are several.
+            the mean of the streams where there are several, or what stands for x where a history is kept.
         """
         x = self.x_embedder(x) + self.pos_embed  # (B, N, D)
         time = self.t_embedder(t)  # (B, D)
@@ -247,7 +247,7 @@ class DiT(nn.Module):
             else:
                 x = block(x, c, time)
             if i + 1 == tap:
-                tapped = borders.leave_streams(x, self.embed_dim)
+                tapped = borders.leave_streams(x, self.embed_dim, getattr(self.final_layer.norm_final, "tap", "mean"))
         x = self.final_layer(x, c)  # (B, N, P*P*C)
         grid, side = self.x_embedder.grid_size, self.patch_size
         x = x.unflatten(-1, (side, side, self.out_chans)).unflatten(1, (grid[0], grid[1]))  # (B, h, w, P, P, C)

@@ -15,7 +15,7 @@ class Alignment(nn.Module):
 
     ::
 
-        h = leave(tokens behind the block)                 # (B, N, D); with connections the mean of the streams
+        h = leave(tokens behind the block)                 # (B, N, D): of several streams their mean
         cosine = mean over n of cos(projection(h[n]), encoder(image)[n])
 
     The projection is an MLP of three layers with SiLU, as published; it is trained, and part of a run's checkpoint. The

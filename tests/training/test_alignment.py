@@ -113,7 +113,7 @@ def test_a_tap_of_any_block(tiny_dit):
     for block in (1, 2):
         prediction, expected = plain(*inputs, tap=block)
         assert torch.equal(prediction, plain(*inputs))
-        for connection in ("dhc2", "dfc2"):
+        for connection in ("dhc2", "dfc2", "dense", "mhc4"):
             found = convert(copy.deepcopy(plain), connection)(*inputs, tap=block)[1]
             assert found.shape == (2, 16, 48)
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
