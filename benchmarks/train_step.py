@@ -129,13 +129,14 @@ class Case:
     name: str
     streams: Tensor  # (T, S, E)
     outputs: tuple[Tensor, Tensor]  # of two branches, (T, V, E)
-    weights: tuple[tuple[Tensor, Tensor, Tensor], ...]  # of two connections: static (S, K), rows (K, E), scale (K,)
+    weights: tuple[tuple[Tensor, Tensor, Tensor], ...]  # of two connections: static (S, K), rows (K, E), scales (2,)
     center: bool  # LayerNorm before the projection, or RMSNorm
 
     def prepare(self, weights: tuple[Tensor, Tensor, Tensor]) -> tuple[Any, ...]:
-        """The last arguments of a kernel: weights, norm, center and tanh. Rows have to be centered themselves."""
+        """The last arguments of a kernel: parameters, norm, center and tanh."""
         static, rows, scale = weights
-        return static, rows - rows.mean(1, keepdim=True) if self.center else rows, scale, True, self.center, True
+        fn = rows[:-1].mT, rows[-1:].mT
+        return static[:, :-1], static[:, -1], *fn, scale[:1], scale[1:], None, True, self.center, True
 
     @property
     def inputs(self) -> list[Tensor]:
@@ -161,7 +162,7 @@ def build_case(name: str, dim: int, tokens: int, dtype: torch.dtype, device: str
     def weights() -> tuple[Tensor, Tensor, Tensor]:
         static = torch.cat([connection.static_alpha, connection.static_beta[:, None]], dim=1).detach().to(device)
         static = static + 0.3 * torch.randn_like(static)
-        return static, torch.randn(V + S + 1, E, device=device) / E**0.5, torch.randn(V + S + 1, device=device)
+        return static, torch.randn(V + S + 1, E, device=device) / E**0.5, torch.randn(2, device=device)
 
     outputs = random(tokens, V, E), random(tokens, V, E)
     return Case(name, random(tokens, S, E), outputs, (weights(), weights()), connection.center_norm)
@@ -170,9 +171,9 @@ def build_case(name: str, dim: int, tokens: int, dtype: torch.dtype, device: str
 def run_kernels(case: Case) -> list[Tensor]:
     """Width, join and depth: two sub-layers, what their branches read, their coefficients, and the last streams."""
     first, second = map(case.prepare, case.weights)
-    views, alpha, beta, link = kernels.width(case.streams, *first, False)
+    views, alpha, beta, link, _ = kernels.width(case.streams, *first, False)
     joined = kernels.join(link, case.streams.detach(), case.outputs[0], alpha.detach(), beta, *second, False)
-    middle, more_views, more_alpha, more_beta, link = joined
+    middle, more_views, more_alpha, more_beta, link, _ = joined
     middle = middle.detach()  # its gradient comes by the link
     last = kernels.depth(link, middle, case.outputs[1], more_alpha.detach(), more_beta, False)
     return [last, views, more_views, beta, more_beta, alpha, more_alpha, middle]
@@ -186,7 +187,8 @@ def run_formula(case: Case) -> list[Tensor]:
 
     def read(h: Tensor, static: Tensor, rows: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         normed = (F.layer_norm if case.center else F.rms_norm)(h, h.shape[-1:], eps=1e-6)
-        coefficients = static + scale * torch.tanh(normed @ rows.mT)
+        scales = torch.cat([scale[:1].expand(len(rows) - 1), scale[1:]])
+        coefficients = static + scales * torch.tanh(normed @ rows.mT)
         alpha, beta = coefficients[..., :-1], coefficients[..., -1]
         return (alpha[..., :views].mT @ h).to(dtype), alpha, beta
 
@@ -282,9 +284,9 @@ def vectors(kernel: str, S: int, V: int) -> int:
 def calls(case: Case) -> dict[str, Callable[[], Any]]:
     """Each kernel on the tensors of a case."""
     streams, (output, grad_views), weights = case.streams, case.outputs, case.prepare(case.weights[0])
-    _, alpha, beta, link = kernels.width(streams, *weights, False)
+    _, alpha, beta, link, packed = kernels.width(streams, *weights, False)
     grad, grad_beta = torch.randn_like(streams), torch.randn_like(beta)
-    back = (grad_views, None, grad_beta, grad, streams, *weights, False)
+    back = (grad_views, None, grad_beta, grad, streams, packed, *weights, False)
     return {
         "width": lambda: kernels.width(streams, *weights, False),
         "depth": lambda: kernels.depth(link, streams, output, alpha, beta, False),

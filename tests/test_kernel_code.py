@@ -1,6 +1,7 @@
 """benchmarks/kernel_code.py counts what is there, and the kernels keep its bars. No GPU is needed."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -83,10 +84,14 @@ def test_launches(kernel, connection):
     case = kernel_code.Case(kernel, connection, 384, "bfloat16")
     S, V, E = case.sizes
     assert ((2, 1, 384) if connection == "dhc2" else (4, 4, 96)) == (S, V, E)
-    launched, *others = kernel_code.launches(case)
-    assert len(others) == (kernel in ("width_backward", "join_backward"))
-    _, tensors, numbers, options = launched
-    arguments = dict(zip(launched[0].arg_names, [*tensors, *numbers], strict=False))
+    way = kernel.partition("_")[2]
+    expected = [f"_{way}_kernel"]
+    if not kernel.startswith("depth"):
+        expected = ["_pack_kernel", *expected] if way == "forward" else [*expected, "_sums_kernel", "_unpack_kernel"]
+    launched = {one[0].__name__: one for one in kernel_code.launches(case)}
+    assert list(launched) == expected
+    launched, tensors, numbers, options = launched[f"_{way}_kernel"]
+    arguments = dict(zip(launched.arg_names, [*tensors, *numbers], strict=False))
     assert options["DEPTH"] == (not kernel.startswith("width"))
     assert options["WIDTH"] == (not kernel.startswith("depth"))
     streams = "streams" if "forward" in kernel else "grad_carried"
@@ -98,6 +103,29 @@ def test_launches(kernel, connection):
         assert arguments["rows"].shape == (V + S + 1, E)
         assert arguments["views" if "forward" in kernel else "grad_views"].shape == (kernel_code.TOKENS, V, E)
         assert options["CENTER"] == (connection == "dhc2")
+
+
+COMPILE = """
+import sys
+sys.path.append("benchmarks")
+import kernel_code
+for connection in ("dhc2", "dfc4"):
+    for kernel in ("width_forward", "width_backward"):
+        for one in kernel_code.launches(kernel_code.Case(kernel, connection, 384, "bfloat16")):
+            if "pack" in one[0].__name__:
+                _, usage = kernel_code.disassemble(kernel_code.compile_kernel(*one).asm["cubin"])
+                print(one[0].__name__, "STACK:0 " in usage)
+"""
+
+
+@pytest.mark.slow
+def test_kernels_for_parameters():
+    """They compile for a GPU, which takes less than the interpreter does, and keep what they hold in registers."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    command = [sys.executable, "-W", "ignore", "-c", COMPILE]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.splitlines() == 2 * ["_pack_kernel True", "_unpack_kernel True"]
 
 
 BARS = [  # kernel, connection, width, type, instructions a token, barriers a tile

@@ -42,11 +42,6 @@ def depth_connection(streams: Tensor, output: Tensor, alpha: Tensor, beta: Tenso
     return Depth.apply(placeholder, carried, output, beta).flatten(-2).to(streams.dtype)
 
 
-def prepare(rule: Rule, center: bool, dtype: torch.dtype) -> Any:
-    """``reference.prepare`` with one node in the graph of gradients."""
-    return Prepare.apply(center, dtype, *rule)
-
-
 def project(x: Tensor, rows: Tensor) -> Tensor:
     """``reference.project``, keeping x in its own type."""
     return Project.apply(x, rows)[0]
@@ -163,25 +158,6 @@ def prepare_backward(
     return grads
 
 
-@skip_binding
-class Prepare(torch.autograd.Function):
-    """``reference.prepare``."""
-
-    @staticmethod
-    def forward(center, dtype, *rule):
-        return reference.prepare(rule, center, dtype)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.center, _, *rule = inputs
-        ctx.save_for_backward(*rule)
-        ctx.set_materialize_grads(False)
-
-    @staticmethod
-    def backward(ctx, *grads):
-        return None, None, *prepare_backward(ctx.saved_tensors, ctx.center, *grads)
-
-
 def choose_kept(parts: List[Tensor], norm: bool, center: bool, tanh: bool) -> List[Optional[Tensor]]:
     """Of the parts of ``reference.coefficients``, those that its gradient needs."""
     projected, dynamic, rstd, mean = parts or (None,) * 4
@@ -217,8 +193,7 @@ class Width(torch.autograd.Function):
         if needs_operations_backward((grad_views, grad_carried, grad_alpha, grad_beta)):
 
             def read(streams, *rule):
-                prepared = reference.prepare(rule, center, streams.dtype)
-                return reference.read_and_carry(streams, rule[1].dim() == 1, *prepared, ctx.norm, ctx.center, ctx.tanh)
+                return reference.read_and_carry(streams, rule, ctx.norm, ctx.center, ctx.tanh)
 
             grads = [grad_views, grad_alpha, grad_beta, grad_carried]
             grad_streams, *grads = reference.gradients(read, (streams, *rule), grads)

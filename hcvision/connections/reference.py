@@ -88,9 +88,10 @@ def split_coefficients(numbers: Tensor, squeeze_beta: bool) -> Tuple[Tensor, Ten
     return numbers[..., :views], numbers[..., : views + count], beta
 
 
-def read_and_carry(streams: Tensor, squeeze_beta: bool, *rest: Any) -> List[Tensor]:
+def read_and_carry(streams: Tensor, rule: Rule, norm: bool, center: bool, tanh: bool) -> List[Tensor]:
     """Views, alpha and beta, as ``read`` gives them, and the carried streams alpha_r^T @ streams (..., S, E)."""
-    views, alpha, beta = read(streams, squeeze_beta, *rest)
+    prepared = prepare(rule, center and norm, streams.dtype)
+    views, alpha, beta = read(streams, rule[1].dim() == 1, *prepared, norm, center, tanh)
     return [views, alpha, beta, mix(streams, alpha[..., views.shape[-2] :])]
 
 

@@ -43,8 +43,8 @@ def width_connection(streams: Tensor, rule: Rule, options: Options) -> Tuple[Ten
                 return reference.width_connection(streams, rule, options)
             if form == "eager":
                 return eager.width_connection(streams, rule, options)
-            weights = prepare(rule, center and norm, streams.dtype)
-            mixed, alpha, beta, placeholder = operators.width(streams, *weights, norm, center, tanh, form == "native")
+            read = operators.width(streams, *rule, norm, center, tanh, form == "native")
+        mixed, alpha, beta, placeholder, _ = read
         return mixed.flatten(-2), streams, alpha, beta, placeholder
 
 
@@ -210,10 +210,9 @@ def join_connections(
         if form in ("operations", "eager"):
             x = depth_connection(streams, output, alpha, beta, placeholder, backend)
             return width_connection(layout.split_last(x, streams.shape[-2]), rule, options)
-        weights = prepare(rule, center and norm, streams.dtype)
         parts = (placeholder, streams.detach(), operators.take_type(output, streams), alpha.detach(), beta)
-        joined = operators.join(*parts, *weights, norm, center, tanh, form == "native")
-        streams, mixed, alpha, beta, placeholder = joined
+        joined = operators.join(*parts, *rule, norm, center, tanh, form == "native")
+        streams, mixed, alpha, beta, placeholder, _ = joined
         return mixed.flatten(-2), streams, alpha, beta, placeholder
 
 
@@ -222,11 +221,6 @@ def project(x: Tensor, rows: Tensor) -> Tensor:
     form = reference if needs_operations() else eager
     with without_autocast(x.device.type):
         return form.project(x, rows)
-
-
-def prepare(rule: Rule, center: bool, dtype: torch.dtype) -> Tuple[Tensor, ...]:
-    """``reference.prepare``, for kernels."""
-    return (reference if needs_operations() else eager).prepare(rule, center, dtype)
 
 
 def choose_form(streams: Tensor, views: int, backend: str, has_kernel: bool) -> str:

@@ -306,9 +306,9 @@ def test_operators(backend, dynamic):
     def random(*shape):
         return torch.randn(*shape, device=DEVICES[backend], requires_grad=True)
 
-    rows, scale = (random(4, 8), random(4)) if dynamic else (None, None)
+    moving = [random(8, 3), random(8, 1), random(1), random(1), random(8)] if dynamic else [None] * 5
     native_code = backend == "native"
-    rule = (random(2, 4), rows, scale, True, True, True, native_code)
+    rule = (random(2, 3), random(2), *moving, True, False, True, native_code)
     carried = (random(3, 2, 8), random(3, 1, 8), random(3, 2, 3).detach(), random(3, 2))
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
     carried = (carried[0], carried[0].detach(), *carried[1:])
@@ -764,6 +764,13 @@ def test_other_cpus(capability, name, monkeypatch):
         pytest.skip(f"this CPU has {here}")
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     check("native", name, 96, (2, 3), FP32)
+
+
+@pytest.mark.parametrize(("name", "dim", "tokens"), [("dhc2", 384, 21), ("dhc4", 640, 9), ("dfc2", 64, 37)])
+@pytest.mark.usefixtures("poison")
+def test_tiles(name, dim, tokens):
+    """Wide streams go in smaller tiles than there are lanes; the last one is not full."""
+    check("native", name, dim, (tokens,), FP32)
 
 
 def test_threads_do_not_matter():

@@ -22,7 +22,9 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-SOURCE = Path(__file__).with_name("native.c")
+from hcvision.connections.reference import Rule
+
+SOURCES = [Path(__file__).with_name(name) for name in ("native.c", "native_vectors.h")]
 OPTIONS = {  # for what torch.backends.cpu.get_cpu_capability() says: options of the compiler, and the lanes of a vector
     "AVX512": (["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma"], 16),
     "AVX2": (["-mavx2", "-mfma"], 8),
@@ -37,6 +39,12 @@ class Sizes(ctypes.Structure):
         *((name, ctypes.c_long) for name in ("tokens", "width", "programs", "threads")),
         *((name, ctypes.c_int) for name in ("norm", "center", "tanh")),
     )
+
+
+class Pointers(ctypes.Structure):
+    """``Parameters`` and ``Gradients`` of native.c: the parameters in the order of ``Rule``."""
+
+    _fields_ = tuple((f"p{k}", ctypes.c_void_p) for k in range(7))
 
 
 def cache_folder() -> Path:
@@ -103,12 +111,14 @@ def load(streams: int, views: int, lanes: int, tail: bool, capability: str) -> "
     """The functions of native.c for so many streams and views, or why there are none."""
     if not compiler():
         return "there is no C compiler (gcc, cc, clang or the one that CC names)"
-    options = ["-std=gnu11", "-O3", "-fopenmp", "-shared", "-fPIC", *OPTIONS.get(capability, ([], 4))[0]]
+    options = ["-std=gnu11", "-O3", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC"]
+    options += OPTIONS.get(capability, ([], 4))[0]
     numbers = [f"-DS={streams}", f"-DV={views}", f"-DLANES={lanes}", f"-DTAIL={int(tail)}"]
     command = [*compiler(), *options, *numbers]
-    what = repr((SOURCE.read_text(), command, platform.machine(), platform.system()))
+    texts = [source.read_text() for source in SOURCES]
+    what = repr((texts, command, platform.machine(), platform.system()))
     name = f"{streams}x{views}-{hashlib.sha256(what.encode()).hexdigest()[:20]}.so"
-    command += [str(SOURCE), "-lm"]
+    command += [str(SOURCES[0]), "-lm"]
     try:
         try:
             functions = open_kept(command, name)
@@ -117,8 +127,8 @@ def load(streams: int, views: int, lanes: int, tail: bool, capability: str) -> "
             warnings.warn(f"compiled kernels cannot be kept, and every process compiles its own: {error}")  # noqa: B028
     except (OSError, CompilerError) as error:
         return str(error)
-    for function, tensors in ((functions.forward, 11), (functions.backward, 16)):
-        function.argtypes = [ctypes.c_void_p] * tensors + [ctypes.POINTER(Sizes)]
+    for function, tensors, structures in ((functions.forward, 9, 2), (functions.backward, 12, 3)):
+        function.argtypes = [ctypes.c_void_p] * (tensors + structures)
         function.restype = None
     return functions
 
@@ -147,43 +157,71 @@ def find_obstacle(streams: Tensor, views: int) -> str | None:
     return find_missing(streams.shape[-2], views, streams.shape[-1])
 
 
-def forward(tensors: list[Optional[Tensor]], sizes: tuple[int, int, int, int], flags: list[bool]) -> None:
+def forward(
+    read: list[Optional[Tensor]],
+    written: list[Optional[Tensor]],
+    rule: Rule,
+    sizes: tuple[int, int, int, int],
+    flags: list[bool],
+) -> None:
     """Run ``forward`` of native.c on its tensors, of T, S, V, E, with norm, center and tanh."""
-    streams, output, *rest = tensors
-    _call("forward", [streams, None if output is None else output.float(), *rest], sizes, 1, flags)
+    streams, output, alpha, beta = read
+    following, *outputs, packed = written
+    tensors = [streams, _as_float(output), alpha, beta, packed, following, *outputs]
+    _call("forward", tensors, [[_as_float(part) for part in rule]], sizes, 1, flags)
 
 
 def backward(
-    read: list[Optional[Tensor]], written: list[Optional[Tensor]], sizes: tuple[int, int, int, int], flags: list[bool]
-) -> list[Optional[Tensor]]:
-    """Run ``backward`` of native.c, which writes the gradients of streams, output and beta.
-
-    Returns those of static, rows and scale.
-    """
+    read: list[Optional[Tensor]],
+    written: list[Optional[Tensor]],
+    rule: Rule,
+    grads: list[Optional[Tensor]],
+    sizes: tuple[int, int, int, int],
+    flags: list[bool],
+) -> None:
+    """Run ``backward`` of native.c, which writes the gradients of streams, output, beta and the parameters."""
     T, S, V, E = sizes
-    programs, K = min(T, PROGRAMS), V + S + 1
-    static, rows = read[5:7]
-    sums = [torch.empty(programs, S, K) if static is not None else None]
-    sums += [torch.empty(programs, K, E), torch.empty(programs, K)] if rows is not None else [None, None]
-    *rest, output, beta = read
-    grad_output = found = written[1]
-    if output is not None and grad_output is not None and output.dtype != torch.float32:
-        output, found = output.float(), grad_output.float()
-    _call("backward", [*rest, output, beta, written[0], *sums, found, written[2]], sizes, programs, flags)
-    if found is not None and grad_output is not None and found is not grad_output:
-        grad_output.copy_(found)
-    return [None if part is None else part.sum(0) for part in sums]
+    programs = max(min(T, PROGRAMS), 1)  # without tokens one leaves zeros
+    *others, packed, output, beta = read
+    grad_streams, grad_output, grad_beta = written
+    exact = [_as_float(part) for part in (output, grad_output)]
+    sums = torch.empty(programs * length(S, V, E)) if packed is not None else None
+    tensors = [*others, packed, exact[0], beta, grad_streams, exact[1], grad_beta, sums]
+    found = [_as_float(part) for part in grads]
+    _call("backward", tensors, [[_as_float(part) for part in rule], found], sizes, programs, flags)
+    for part, other in zip((grad_output, *grads), (exact[1], *found), strict=True):
+        if part is not None and other is not None and other is not part:
+            part.copy_(other)
+
+
+def length(S: int, V: int, E: int) -> int:
+    """``LENGTH(E)`` of native.c."""
+    return ((E + S + 1) * (V + S + 1) + 15) // 16 * 16
+
+
+def _point(tensor: Optional[Tensor]) -> Optional[int]:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _as_float(tensor: Optional[Tensor]) -> Optional[Tensor]:
+    """Contiguous and in float32; the tensor itself, where it is."""
+    return None if tensor is None else tensor.float().contiguous()
 
 
 def _call(
-    name: str, tensors: list[Optional[Tensor]], sizes: tuple[int, int, int, int], programs: int, flags: list[bool]
+    name: str,
+    tensors: list[Optional[Tensor]],
+    structures: list[list[Optional[Tensor]]],
+    sizes: tuple[int, int, int, int],
+    programs: int,
+    flags: list[bool],
 ) -> None:
-    """Run a function on contiguous float32 tensors; None where it is to find NULL."""
+    """Run a function on contiguous float32 tensors, and on structures of them; None where it is to find NULL."""
     tokens, streams, views, width = sizes
     functions = functions_for(streams, views, width)
     if isinstance(functions, str):
         raise RuntimeError(functions)
     numbers = Sizes(tokens, width, programs, torch.get_num_threads(), *flags)
-    assert all(tensor is None or (tensor.is_contiguous() and tensor.dtype == torch.float32) for tensor in tensors)
-    pointers = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
-    getattr(functions, name)(*pointers, ctypes.byref(numbers))
+    pointers = [_point(tensor) for tensor in tensors]
+    parts = [Pointers(*map(_point, structure)) for structure in structures]
+    getattr(functions, name)(*pointers, *map(ctypes.addressof, parts), ctypes.addressof(numbers))

@@ -10,8 +10,10 @@ V views)::
     joined       2S + 2V              3S + 3V
 
 What they keep for backward are the streams and the branch output: the coefficients are computed again
-from the streams. Arithmetic and coefficients are float32; streams of any width E, at rates 1 to 8. Sums over tokens
-are taken in a fixed order: the same input gives the same bits, always.
+from the streams. Parameters of a connection go in as they are, and so do their gradients come out; between are
+**packed parameters**, what a token needs of them (``_forward_outputs``). Arithmetic and coefficients are float32;
+streams of any width E, at rates 1 to 8. Sums over tokens are taken in a fixed order: the same input gives the same
+bits, always.
 
 Here they are operators of PyTorch with a gradient, so that torch.compile, DDP, FSDP, gradient checkpointing and CUDA
 graphs take them as they take any other. A second derivative is that of PyTorch's operations. Their names end in a
@@ -40,15 +42,17 @@ from hcvision.connections import reference
 from hcvision.connections.functions import skip_binding
 from hcvision.connections.kernels import native, triton
 from hcvision.connections.modes import needs_operations_backward
+from hcvision.connections.reference import Rule
 
 DTYPES = triton.DTYPES  # that the branch output may have
 MOST_STREAMS = 8
+NO_RULE: Any = (None,) * 7
 
 
 def hash_sources(folder: Path) -> str:
     """Eight hexadecimal digits that change with every file of Python or C in a folder and in those within it."""
     digest = hashlib.sha256()
-    for path in sorted(path for path in folder.rglob("*") if path.suffix in (".py", ".c")):
+    for path in sorted(path for path in folder.rglob("*") if path.suffix in (".py", ".c", ".h")):
         digest.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:8]
 
@@ -78,26 +82,35 @@ def _forward(
     streams: Tensor,
     views: int,
     depth: Optional[Tuple[Tensor, Tensor, Tensor]],
-    width: Optional[Tuple[Tensor, Optional[Tensor], Optional[Tensor], bool, bool, bool]],
+    width: Optional[Tuple[Rule, bool, bool, bool]],
     native_code: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What the forward kernel writes: the next streams, and their views, alpha and beta."""
+) -> Any:
+    """What the forward kernel writes: the next streams, their views, alpha and beta, and the packed parameters."""
     output, alpha, beta = (part.contiguous() for part in depth) if depth else (None,) * 3
-    static, rows, scale, *flags = width or (None, None, None, False, False, False)
-    following = torch.empty(streams.shape if depth else (0,), dtype=streams.dtype, device=streams.device)
-    read = [streams.contiguous(), output, alpha, beta, static, rows, scale]
-    written = [following, *(_forward_outputs(streams, views) if width else (following,) * 3)]
-    (native if native_code else triton).forward(read + written, _sizes(streams, views), flags)
-    return written[0], written[1], written[2], written[3]
+    rule, *flags = width or (NO_RULE, False, False, False)
+    following = torch.empty(streams.shape, dtype=streams.dtype, device=streams.device) if depth else None
+    outputs = _forward_outputs(streams, views, rule) if width else (None,) * 4
+    kernels = native if native_code else triton
+    read = [streams.contiguous(), output, alpha, beta]
+    kernels.forward(read, [following, *outputs], rule, _sizes(streams, views), flags)
+    return following, *outputs
 
 
-def _forward_outputs(streams: Tensor, views: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Empty views (..., V, E), alpha (..., S, V+S) and beta (..., S)."""
+def _forward_outputs(streams: Tensor, views: int, rule: Rule) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Empty views (..., V, E), alpha (..., S, V+S) and beta (..., S), and what becomes the packed parameters.
+
+    These are what a kernel needs of the parameters of a connection, in float32, one after the other: the projections as
+    rows (K, E), weighted and centered, static alpha and beta side by side (S, K), and the scales (K,); of static
+    weights the second part.
+    """
     *lead, S, E = streams.shape
+    K = views + S + 1
+    make = functools.partial(torch.empty, dtype=torch.float32, device=streams.device)
     return (
         torch.empty((*lead, views, E), dtype=streams.dtype, device=streams.device),
-        torch.empty((*lead, S, views + S), dtype=torch.float32, device=streams.device),
-        torch.empty((*lead, S), dtype=torch.float32, device=streams.device),
+        make((*lead, S, views + S)),
+        make((*lead, S)),
+        make((S * K if rule[2] is None else (E + S + 1) * K,)),
     )
 
 
@@ -108,25 +121,31 @@ def _backward(
     width: Optional[Tuple[Any, ...]],
     native_code: bool,
 ) -> list[Tensor]:
-    """What the backward kernel writes: the gradients of streams, static, rows, scale, output and beta."""
+    """What the backward kernel writes: the gradients of streams, parameters, output and beta."""
     output, beta = (part.contiguous() for part in depth) if depth else (None, None)
-    streams = grad_views = grad_alpha = grad_beta = static = rows = scale = None
-    flags = [False, False, False]
+    streams = grad_views = grad_alpha = grad_beta = packed = None
+    rule, flags = NO_RULE, [False, False, False]
     if width:
-        streams, grad_views, grad_alpha, grad_beta, static, rows, scale, *flags = width
+        streams, grad_views, grad_alpha, grad_beta, packed, rule, *flags = width
         streams, grad_views, grad_beta = streams.contiguous(), grad_views.contiguous(), grad_beta.contiguous()
-        grad_alpha = _dense(grad_alpha)
-    read = [streams, grad_views, grad_carried.contiguous(), grad_alpha, grad_beta, static, rows, scale, output, beta]
+        grad_alpha = None if grad_alpha is None else grad_alpha.contiguous()
+    read = [streams, grad_views, grad_carried.contiguous(), grad_alpha, grad_beta, packed, output, beta]
     written = [None if part is None else torch.empty_like(part) for part in (streams, output, beta)]
-    sums = (native if native_code else triton).backward(read, written, _sizes(grad_carried, views), flags)
-    grads = [written[0], *sums] if width else []
-    grads += written[1:] if depth else []
-    return [grad_carried.new_empty(0, dtype=torch.float32) if part is None else part for part in grads]
+    grads = _rule_like(rule)
+    (native if native_code else triton).backward(read, written, rule, grads, _sizes(grad_carried, views), flags)
+    found = [written[0], *grads] if width else []
+    found += written[1:] if depth else []
+    return [grad_carried.new_empty(0) if part is None else part for part in found]
+
+
+def _rule_like(rule: Rule) -> list[Optional[Tensor]]:
+    """Empty tensors laid out as parameters are: DDP warns of gradients that it has to copy."""
+    return [None if part is None else torch.empty_like(part, memory_format=torch.contiguous_format) for part in rule]
 
 
 def _make_placeholder(streams: Tensor) -> Tensor:
-    """As large as the streams, without memory."""
-    return torch.empty((), dtype=streams.dtype, device=streams.device).expand(streams.shape)
+    """As large as the streams, in the memory of one number."""
+    return streams.new_empty_strided(streams.shape, (0,) * streams.dim())
 
 
 # Operators
@@ -168,43 +187,46 @@ def _operator(fake: Callable) -> Callable[[Callable], Operator]:
     return functools.partial(Operator, fake=fake)
 
 
-def _fake_width(streams, static, rows, scale, norm, center, tanh, native_code):
-    return *_forward_outputs(streams, static.shape[1] - static.shape[0] - 1), _make_placeholder(streams)
+def _fake_width(streams, static_alpha, *rest):
+    views, alpha, beta, packed = _forward_outputs(streams, _views(static_alpha), (static_alpha, *rest))
+    return views, alpha, beta, _make_placeholder(streams), packed
+
+
+def _views(static_alpha: Tensor) -> int:
+    return static_alpha.shape[1] - static_alpha.shape[0]
 
 
 @_operator(_fake_width)
 def width(
     streams: Tensor,
-    static: Tensor,
-    rows: Optional[Tensor],
-    scale: Optional[Tensor],
+    static_alpha: Tensor,
+    static_beta: Tensor,
+    alpha_fn: Optional[Tensor],
+    beta_fn: Optional[Tensor],
+    alpha_scale: Optional[Tensor],
+    beta_scale: Optional[Tensor],
+    norm_weight: Optional[Tensor],
     norm: bool,
     center: bool,
     tanh: bool,
     native_code: bool,
-) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Width-connection.
 
     Args:
         streams: (..., S, E).
-        static: static alpha and beta side by side, (S, K), float32.
-        rows: a projection per coefficient, (K, E), float32; None for static weights.
-        scale: of the dynamic part of each coefficient, (K,), float32.
+        static_alpha, ..., norm_weight: the parameters of the connection; those of dynamic weights may be None.
         norm, center: whether streams are normalised before, and centered.
         tanh: whether the dynamic part is squashed.
         native_code: whether ``native.py`` runs it, or Triton.
 
     Returns:
-        Views (..., V, E), alpha (..., S, V+S), beta (..., S), and the placeholder.
+        Views (..., V, E), alpha (..., S, V+S), beta (..., S), the placeholder, and the packed parameters.
     """
-    V = static.shape[1] - static.shape[0] - 1
-    width = (static.contiguous(), _dense(rows), _dense(scale), norm, center, tanh)
-    outputs = _forward(streams, V, None, width, native_code)[1:]
-    return *outputs, _make_placeholder(streams)
-
-
-def _dense(tensor: Optional[Tensor]) -> Optional[Tensor]:
-    return None if tensor is None else tensor.contiguous()
+    rule = (static_alpha, static_beta, alpha_fn, beta_fn, alpha_scale, beta_scale, norm_weight)
+    width = (rule, norm, center, tanh)
+    _, views, alpha, beta, packed = _forward(streams, _views(static_alpha), None, width, native_code)
+    return views, alpha, beta, _make_placeholder(streams), packed
 
 
 def _fake_depth(placeholder, streams, output, alpha, beta, native_code):
@@ -219,9 +241,9 @@ def depth(
     return _forward(streams, output.shape[-2], (output, alpha, beta), None, native_code)[0]
 
 
-def _fake_join(placeholder, streams, output, alpha, beta, static, rows, scale, norm, center, tanh, native_code):
-    following = _fake_depth(placeholder, streams, output, alpha, beta, native_code)
-    return following, *_fake_width(following, static, rows, scale, norm, center, tanh, native_code)
+def _fake_join(placeholder, streams, output, alpha, beta, *rest):
+    following = _fake_depth(placeholder, streams, output, alpha, beta, None)
+    return following, *_fake_width(following, *rest)
 
 
 @_operator(_fake_join)
@@ -231,18 +253,23 @@ def join(
     output: Tensor,
     alpha: Tensor,
     beta: Tensor,
-    static: Tensor,
-    rows: Optional[Tensor],
-    scale: Optional[Tensor],
+    static_alpha: Tensor,
+    static_beta: Tensor,
+    alpha_fn: Optional[Tensor],
+    beta_fn: Optional[Tensor],
+    alpha_scale: Optional[Tensor],
+    beta_scale: Optional[Tensor],
+    norm_weight: Optional[Tensor],
     norm: bool,
     center: bool,
     tanh: bool,
     native_code: bool,
-) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """``depth`` and the ``width`` of the next sub-layer: the next streams, then what ``width`` returns."""
-    width = (static.contiguous(), _dense(rows), _dense(scale), norm, center, tanh)
-    following, *outputs = _forward(streams, output.shape[-2], (output, alpha, beta), width, native_code)
-    return following, outputs[0], outputs[1], outputs[2], _make_placeholder(following)
+    rule = (static_alpha, static_beta, alpha_fn, beta_fn, alpha_scale, beta_scale, norm_weight)
+    width = (rule, norm, center, tanh)
+    following, *rest, packed = _forward(streams, output.shape[-2], (output, alpha, beta), width, native_code)
+    return following, rest[0], rest[1], rest[2], _make_placeholder(following), packed
 
 
 def _fake_depth_backward(grad, output, beta, native_code):
@@ -256,10 +283,9 @@ def depth_backward(grad: Tensor, output: Tensor, beta: Tensor, native_code: bool
     return grad_output, grad_beta
 
 
-def _fake_width_backward(grad_views, grad_alpha, grad_beta, grad_placeholder, streams, static, rows, scale, *_):
-    none = static.new_empty(0)
-    parts = [static] + [none if part is None else part for part in (rows, scale)]
-    return torch.empty_like(streams.contiguous()), *(torch.empty_like(part.contiguous()) for part in parts)
+def _fake_width_backward(grad_views, grad_alpha, grad_beta, grad_placeholder, streams, packed, *rest):
+    grads = [streams.new_empty(0) if part is None else part for part in _rule_like(rest[:7])]
+    return torch.empty_like(streams.contiguous()), *grads
 
 
 @_operator(_fake_width_backward)
@@ -269,18 +295,23 @@ def width_backward(
     grad_beta: Tensor,
     grad_placeholder: Tensor,
     streams: Tensor,
-    static: Tensor,
-    rows: Optional[Tensor],
-    scale: Optional[Tensor],
+    packed: Tensor,
+    static_alpha: Tensor,
+    static_beta: Tensor,
+    alpha_fn: Optional[Tensor],
+    beta_fn: Optional[Tensor],
+    alpha_scale: Optional[Tensor],
+    beta_scale: Optional[Tensor],
+    norm_weight: Optional[Tensor],
     norm: bool,
     center: bool,
     tanh: bool,
     native_code: bool,
-) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of streams, static, rows and scale; the last two are empty for static weights."""
-    width = (streams, grad_views, grad_alpha, grad_beta, static, _dense(rows), _dense(scale), norm, center, tanh)
-    grads = _backward(grad_placeholder, grad_views.shape[-2], None, width, native_code)
-    return grads[0], grads[1], grads[2], grads[3]
+) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of streams and parameters, empty for those that are None."""
+    rule = (static_alpha, static_beta, alpha_fn, beta_fn, alpha_scale, beta_scale, norm_weight)
+    width = (streams, grad_views, grad_alpha, grad_beta, packed, rule, norm, center, tanh)
+    return tuple(_backward(grad_placeholder, grad_views.shape[-2], None, width, native_code))  # type: ignore[return-value]
 
 
 def _fake_join_backward(*inputs):
@@ -295,25 +326,33 @@ def join_backward(
     grad_beta: Tensor,
     grad_placeholder: Tensor,
     streams: Tensor,
-    static: Tensor,
-    rows: Optional[Tensor],
-    scale: Optional[Tensor],
+    packed: Tensor,
+    static_alpha: Tensor,
+    static_beta: Tensor,
+    alpha_fn: Optional[Tensor],
+    beta_fn: Optional[Tensor],
+    alpha_scale: Optional[Tensor],
+    beta_scale: Optional[Tensor],
+    norm_weight: Optional[Tensor],
     norm: bool,
     center: bool,
     tanh: bool,
     native_code: bool,
     output: Tensor,
     old_beta: Tensor,
-) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """``width_backward`` and, with the gradient of the streams that it gives, ``depth_backward``."""
-    width = (streams, grad_views, grad_alpha, grad_beta, static, _dense(rows), _dense(scale), norm, center, tanh)
-    grads = _backward(grad_placeholder, output.shape[-2], (output, old_beta), width, native_code)
-    return grads[0], grads[1], grads[2], grads[3], grads[4], grads[5]
+    rule = (static_alpha, static_beta, alpha_fn, beta_fn, alpha_scale, beta_scale, norm_weight)
+    width = (streams, grad_views, grad_alpha, grad_beta, packed, rule, norm, center, tanh)
+    return tuple(_backward(grad_placeholder, output.shape[-2], (output, old_beta), width, native_code))  # type: ignore[return-value]
 
 
-def _keep_width(ctx: Any, inputs: Any, streams: Tensor) -> None:
-    static, rows, scale, *ctx.options = inputs
-    ctx.save_for_backward(streams, static, rows, scale)
+def _keep_width(ctx: Any, inputs: Any, streams: Tensor, packed: Tensor, *more: Tensor) -> None:
+    *rule, norm, center, tanh, native_code = inputs
+    ctx.options = norm, center, tanh, native_code
+    ctx.save_for_backward(streams, packed, *rule, *more)
+    ctx.mark_non_differentiable(packed)
+    ctx.set_materialize_grads(False)
 
 
 def _or_zeros(grad: Optional[Tensor], streams: Tensor, *shape: int) -> Tensor:
@@ -323,40 +362,37 @@ def _or_zeros(grad: Optional[Tensor], streams: Tensor, *shape: int) -> Tensor:
 
 def _width_setup(ctx: Any, inputs: Any, output: Any) -> None:
     streams, *rest = inputs
-    _keep_width(ctx, rest, streams)
-    ctx.set_materialize_grads(False)
+    _keep_width(ctx, rest, streams, output[-1])
 
 
-def _width_grads(grads: Any, streams: Tensor, static: Tensor) -> tuple[Tensor, Optional[Tensor], Tensor, Tensor]:
+def _width_grads(grads: Any, streams: Tensor, rule: Any) -> tuple[Tensor, Optional[Tensor], Tensor, Tensor]:
     """The gradients of what ``width`` returns, none of those missing that its backward wants."""
-    grad_views, grad_alpha, grad_beta, grad_placeholder = grads
+    grad_views, grad_alpha, grad_beta, grad_placeholder, _ = grads
     S, E = streams.shape[-2:]
-    V = static.shape[1] - S - 1
-    views, placeholder = _or_zeros(grad_views, streams, V, E), _or_zeros(grad_placeholder, streams, S, E)
+    views = _or_zeros(grad_views, streams, _views(rule[0]), E)
+    placeholder = _or_zeros(grad_placeholder, streams, S, E)
     return views, grad_alpha, _or_zeros(grad_beta, streams, S).float(), placeholder
 
 
 def _width_backward(ctx: Any, *grads: Any) -> Any:
-    streams, static, rows, scale = ctx.saved_tensors
-    ready = _width_grads(grads, streams, static)
-    to_streams, found = _back_to_width(ctx, ready, streams, static, rows, scale)
-    return to_streams, *found, None, None, None, None
+    streams, packed, *rule = ctx.saved_tensors
+    ready = _width_grads(grads, streams, rule)
+    return *_back_to_width(ctx, ready, streams, packed, rule), None, None, None, None
 
 
-def _back_to_width(
-    ctx: Any, grads: Any, streams: Tensor, static: Tensor, rows: Optional[Tensor], scale: Optional[Tensor]
-) -> Any:
-    """The gradient of the streams, and those of static, rows and scale."""
+def _back_to_width(ctx: Any, grads: Any, streams: Tensor, packed: Tensor, rule: Any) -> Any:
+    """The gradients of the streams and of the parameters."""
     if needs_operations_backward(grads):
         norm, center, tanh, _ = ctx.options
-        to_streams, *found = reference.gradients(
-            lambda streams, *rest: reference.read_and_carry(streams, True, *rest, norm, center, tanh),
-            (streams, static, rows, scale),
-            grads,
+        return reference.gradients(
+            lambda streams, *rule: reference.read_and_carry(streams, rule, norm, center, tanh), (streams, *rule), grads
         )
-        return to_streams, found
-    to_streams, *found = width_backward(*grads, streams, static, rows, scale, *ctx.options)
-    return to_streams, (found if rows is not None else (found[0], None, None))
+    return _leave_out(width_backward(*grads, streams, packed, *rule, *ctx.options), rule)
+
+
+def _leave_out(grads: Any, rule: Any) -> Any:
+    """The gradient of the streams, and of the parameters, without those that there are not."""
+    return [grads[0], *(grad if part is not None else None for grad, part in zip(grads[1:], rule, strict=True))]
 
 
 width.register_autograd(_width_backward, _width_setup)
@@ -387,24 +423,23 @@ depth.register_autograd(_depth_backward, _depth_setup)
 
 
 def _join_setup(ctx: Any, inputs: Any, output: Any) -> None:
-    _placeholder, _streams, branch_output, _alpha, beta, static, rows, scale, *ctx.options = inputs
-    ctx.save_for_backward(output[0], static, rows, scale, branch_output, beta)
-    ctx.set_materialize_grads(False)
+    _placeholder, _streams, branch_output, _alpha, beta, *rest = inputs
+    _keep_width(ctx, rest, output[0], output[-1], branch_output, beta)
 
 
 def _join_backward(ctx: Any, grad_following: Any, *grads: Any) -> Any:
-    following, static, rows, scale, output, beta = ctx.saved_tensors
-    ready = _width_grads(grads, following, static)
+    following, packed, *rule, output, beta = ctx.saved_tensors
+    ready = _width_grads(grads, following, rule)
     if grad_following is None and not needs_operations_backward(ready):
-        to_streams, *found = join_backward(*ready, following, static, rows, scale, *ctx.options, output, beta)
-        to_output = found[3], None, found[4]
-        found = found[:3] if rows is not None else (found[0], None, None)
+        *found, grad_output, grad_beta = join_backward(*ready, following, packed, *rule, *ctx.options, output, beta)
+        to_streams, *to_rule = _leave_out(found, rule)
+        to_output = grad_output, None, grad_beta
     else:  # somebody read the streams themselves too
-        to_streams, found = _back_to_width(ctx, ready, following, static, rows, scale)
+        to_streams, *to_rule = _back_to_width(ctx, ready, following, packed, rule)
         if grad_following is not None:
             to_streams = to_streams + grad_following
         to_output = _back_to_output(to_streams, output, beta, ctx.options[-1])
-    return to_streams, None, *to_output, *found, None, None, None, None
+    return to_streams, None, *to_output, *to_rule, None, None, None, None
 
 
 join.register_autograd(_join_backward, _join_setup)
@@ -413,10 +448,10 @@ join.register_autograd(_join_backward, _join_setup)
 # What PyTorch counts (torch.utils.flop_counter): two operations to a multiply-add, as of a matmul
 
 
-def _width_flops(streams: Any, static: Any, rows: Any, *_: Any, **__: Any) -> int:
+def _width_flops(streams: Any, static_alpha: Any, static_beta: Any, alpha_fn: Any, *_: Any, **__: Any) -> int:
     *tokens, S, E = streams
-    V, K = static[1] - S - 1, static[1]
-    return 2 * math.prod(tokens) * S * E * (V + (K if rows is not None else 0))
+    V, K = static_alpha[1] - S, static_alpha[1] + 1
+    return 2 * math.prod(tokens) * S * E * (V + (K if alpha_fn is not None else 0))
 
 
 def _depth_flops(placeholder: Any, streams: Any, *_: Any, **__: Any) -> int:
@@ -429,11 +464,12 @@ def _join_flops(placeholder: Any, streams: Any, output: Any, alpha: Any, beta: A
 
 
 def _width_backward_flops(
-    views: Any, alpha: Any, beta: Any, placeholder: Any, streams: Any, *weights: Any, **_: Any
+    views: Any, alpha: Any, beta: Any, placeholder: Any, streams: Any, packed: Any, *rule: Any, **_: Any
 ) -> int:
-    static, rows = weights[:2]
+    static_alpha, _static_beta, alpha_fn = rule[:3]
     *tokens, S, E = streams
-    return 2 * math.prod(tokens) * S * E * (2 * static[1] - 2 + (3 * static[1] if rows is not None else 0))
+    M = static_alpha[1]
+    return 2 * math.prod(tokens) * S * E * (2 * M + (3 * (M + 1) if alpha_fn is not None else 0))
 
 
 def _depth_backward_flops(grad: Any, *_: Any, **__: Any) -> int:

@@ -3,7 +3,8 @@
 Two kernels do everything. ``_forward_kernel`` is the depth-connection of a sub-layer, the width-connection of the
 next one, or both joined; ``_backward_kernel`` goes back through the same. Streams are float32, bfloat16 or float16.
 Sums over tokens are taken in a fixed order: a program adds those of its tiles to a buffer of its own, one after the
-other, and ``_sums_kernel`` adds up the buffers. What a kernel does with a tile of tokens is in ``triton_tiles.py``.
+other, and ``_sums_kernel`` adds up the buffers. What a kernel does with a tile of tokens is in ``triton_tiles.py``, and
+what becomes of parameters before, and of their gradients behind, in ``triton_parameters.py``: a launch each.
 ``TRITON_INTERPRET=1`` in the environment runs the kernels on a CPU, slowly, for tests. Letters in shapes are those of
 ``operators.py``; ``benchmarks/kernel_code.py`` counts what the kernels compile to.
 """
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from hcvision.connections.kernels.triton_tiles import INTERPRETED
+from hcvision.connections.reference import Rule
 
 try:
     import triton
@@ -23,6 +25,7 @@ except ImportError:  # a build of PyTorch without it
     triton = None
 
 if triton is not None:
+    from hcvision.connections.kernels.triton_parameters import _pack_kernel, _unpack_kernel
     from hcvision.connections.kernels.triton_tiles import (
         add_matmul,
         add_product,
@@ -365,53 +368,94 @@ def _launch(kernel: Any, programs: int, tensors: list[Optional[Tensor]], numbers
         kernel[(programs,)](*(some if tensor is None else tensor for tensor in tensors), *numbers, **options)
 
 
-def forward(tensors: list[Optional[Tensor]], sizes: tuple[int, int, int, int], flags: list[bool]) -> None:
-    """Run ``_forward_kernel`` on its tensors, of T, S, V, E, with norm, center and tanh."""
+def _pack(kernel: Any, tensors: list[Optional[Tensor]], rule: Rule, E: int, flags: list[bool]) -> None:
+    """Run ``_pack_kernel`` or ``_unpack_kernel``."""
+    S, M = rule[0].shape
+    norm, center, _ = flags
+    dynamic = rule[2] is not None
+    options = {"DYNAMIC": dynamic, "CENTER": norm and center, "WEIGHTED": rule[6] is not None}
+    blocks = {"CP": triton.next_power_of_2((S + 1) * (M + 1)), "BC": min(triton.next_power_of_2(E), 1024)}
+    _launch(kernel, M + 2 if dynamic else 1, tensors, [], {"S": S, "M": M, "E": E, **options, **blocks, "num_warps": 4})
+
+
+def _parts(packed: Tensor, rule: Rule, E: int) -> list[Optional[Tensor]]:
+    """Static (S, K), rows (K, E) and scale (K,) of packed parameters; no rows and no scale of static weights."""
+    S, K = rule[0].shape[0], rule[0].shape[1] + 1
+    if rule[2] is None:
+        return [packed.view(S, K), None, None]
+    rows, static, scale = packed.split([K * E, S * K, K])
+    return [static.view(S, K), rows.view(K, E), scale]
+
+
+def forward(
+    read: list[Optional[Tensor]],
+    written: list[Optional[Tensor]],
+    rule: Rule,
+    sizes: tuple[int, int, int, int],
+    flags: list[bool],
+) -> None:
+    """Run ``_forward_kernel``, of T, S, V, E, with norm, center and tanh."""
     T, S, V, E = sizes
-    streams, output, _, _, static, rows, *_ = tensors
-    if T and E and streams is not None:
-        tile = tile_sizes(S, V, E, streams.element_size())
-        options = {"S": S, "V": V, "E": E, **_options(output, static, rows, flags), **tile}
-        _launch(_forward_kernel, triton.cdiv(T, tile["BT"]), tensors, [T], options)
+    streams, output = read[:2]
+    *outputs, packed = written
+    rule = _make_contiguous(rule)
+    if not (T and E) or streams is None:
+        return
+    parts: list[Optional[Tensor]] = [None, None, None]
+    if packed is not None:
+        _pack(_pack_kernel, [*rule, packed], rule, E, flags)
+        parts = _parts(packed, rule, E)
+    tile = tile_sizes(S, V, E, streams.element_size())
+    options = {"S": S, "V": V, "E": E, **_options(output, rule, flags), **tile}
+    _launch(_forward_kernel, triton.cdiv(T, tile["BT"]), [*read, *parts, *outputs], [T], options)
+
+
+def _make_contiguous(rule: Rule) -> Rule:
+    return tuple(None if part is None else part.contiguous() for part in rule)  # type: ignore[return-value]
 
 
 def backward(
-    read: list[Optional[Tensor]], written: list[Optional[Tensor]], sizes: tuple[int, int, int, int], flags: list[bool]
-) -> list[Optional[Tensor]]:
-    """Run ``_backward_kernel``, which writes the gradients of streams, output and beta.
-
-    Returns those of static, rows and scale.
-    """
+    read: list[Optional[Tensor]],
+    written: list[Optional[Tensor]],
+    rule: Rule,
+    grads: list[Optional[Tensor]],
+    sizes: tuple[int, int, int, int],
+    flags: list[bool],
+) -> None:
+    """Run ``_backward_kernel``, and what makes the gradients of the parameters of its sums."""
     T, S, V, E = sizes
-    _, _, grad_carried, grad_alpha, _, static, rows, scale, output, _ = read
+    *gradients, packed, output, beta = read
+    grad_carried, grad_alpha = gradients[2:4]
+    rule = _make_contiguous(rule)
     assert grad_carried is not None
-    make = torch.empty_like if T and E else torch.zeros_like
-    grads = [None if part is None else make(part) for part in (static, rows, scale)]
     if not (T and E):
-        return grads
+        for part in grads:
+            if part is not None:
+                part.zero_()
+        return
     tile = tile_sizes(S, V, E, grad_carried.element_size())
     tiles = triton.cdiv(T, tile["BT"])
-    large = rows is not None and S > 2
-    programs = tiles if static is None else _programs(tiles, grad_carried.device, large)
-    options = {"S": S, "V": V, "E": E, **_options(output, static, rows, flags), **tile}
+    dynamic = rule[2] is not None
+    programs = tiles if packed is None else _programs(tiles, grad_carried.device, dynamic and S > 2)
+    options = {"S": S, "V": V, "E": E, **_options(output, rule, flags), **tile}
     options["HAS_GRAD_ALPHA"] = grad_alpha is not None
-    sums = None
-    if static is not None:
+    sums, parts = None, [None, None, None]
+    if packed is not None:
         length = (E + S + 1) * (V + S + 1)
         sums = torch.empty((programs, length), dtype=torch.float32, device=grad_carried.device)
-    _launch(_backward_kernel, programs, [*read, written[0], sums, *written[1:]], [T, tiles], options)
-    if static is not None:
+        parts = _parts(packed, rule, E)
+    tensors = [*gradients, *parts, output, beta, written[0], sums, *written[1:]]
+    _launch(_backward_kernel, programs, tensors, [T, tiles], options)
+    if packed is not None:
         block = {"BP": 32, "BC": 32, "num_warps": 4}
-        dynamic = rows is not None
-        columns = length if dynamic else static.numel()
-        tensors = [sums, grads[1], grads[0], grads[2]]
+        total = torch.empty_like(packed)
+        static, rows, scale = _parts(total, rule, E)
         sizes_and_block = {"S": S, "K": V + S + 1, "E": E, "DYNAMIC": dynamic, **block}
-        _launch(_sums_kernel, triton.cdiv(columns, block["BC"]), tensors, [programs], sizes_and_block)
-    return grads
+        launches = triton.cdiv(length if dynamic else total.numel(), block["BC"])
+        _launch(_sums_kernel, launches, [sums, rows, static, scale], [programs], sizes_and_block)
+        _pack(_unpack_kernel, [total, rule[2], rule[3], rule[6], *grads], rule, E, flags)
 
 
-def _options(
-    output: Optional[Tensor], static: Optional[Tensor], rows: Optional[Tensor], flags: list[bool]
-) -> dict[str, bool]:
-    steps = {"DEPTH": output is not None, "WIDTH": static is not None, "DYNAMIC": rows is not None}
+def _options(output: Optional[Tensor], rule: Rule, flags: list[bool]) -> dict[str, bool]:
+    steps = {"DEPTH": output is not None, "WIDTH": rule[0] is not None, "DYNAMIC": rule[2] is not None}
     return steps | dict(zip(("NORM", "CENTER", "TANH"), flags, strict=True))
