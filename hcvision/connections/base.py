@@ -42,6 +42,8 @@ class Connection(nn.Module):
     has_entry = False  # whether ``enter`` has parameters
     has_exit = False  # whether ``leave`` has parameters
     starts_as_residual = True  # whether it is the residual add at its initial values
+    ways = 1  # mixtures that the branch is given, side by side: for queries, keys and values apart
+    needs_ways = False  # whether there are such in some blocks
     takes_scaled = True  # whether a block may scale x where it is carried
 
     def __init__(self, dim: int, streams: int, views: int):

@@ -7,6 +7,7 @@ from typing import Any, List
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from hcvision.connections import reference
@@ -103,6 +104,31 @@ def mix_entries(entries: List[Tensor], weights: Tensor) -> Tensor:
 
 
 @torch.fx.wrap
+def mix_ways(entries: List[Tensor], weights: Tensor) -> List[Tensor]:
+    """``mix_entries`` by weights (..., W, S): W mixtures."""
+    return [mix_entries(entries, weights[..., way, :]) for way in range(weights.shape[-2])]
+
+
+@torch.fx.wrap
+def join_ways(views: List[Tensor]) -> Tensor:
+    """All mixtures but the last one side by side: (..., (W-1) D)."""
+    return torch.cat(views[:-1], dim=-1)
+
+
+@torch.fx.wrap
+def weigh(entries: List[Tensor], static: Tensor, down: Tensor, up: Tensor) -> Tensor:
+    """static (W, S) + GELU(RMSNorm(v) @ down) @ up of the newest entry v, in float32 at least: (..., [W,] S).
+
+    RMSNorm has an eps of 1e-6 and no weight.
+    """
+    if torch.jit.is_scripting():
+        return make_weights(entries[-1], static, down, up)
+    else:
+        with without_autocast(static.device.type):
+            return make_weights(entries[-1], static, down, up)
+
+
+@torch.fx.wrap
 def score_entries(entries: List[Tensor], query: Tensor) -> Tensor:
     """query . RMSNorm(v_j) / sqrt(D) of a query (D,) or (B, 1, ..., D), in float32 at least: (..., S)."""
     if torch.jit.is_scripting():
@@ -152,6 +178,14 @@ def project_entries(entries: List[Tensor], query: Tensor) -> Tensor:
         wide = entry.to(torch.promote_types(entry.dtype, torch.float32))
         scores.append((wide * query.to(wide.dtype)).sum(-1) * measure(wide).squeeze(-1))
     return torch.stack(scores, dim=-1)
+
+
+def make_weights(entry: Tensor, static: Tensor, down: Tensor, up: Tensor) -> Tensor:
+    """``weigh`` of the newest entry."""
+    wide = entry.to(torch.promote_types(entry.dtype, torch.float32))
+    hidden = F.gelu((wide * (measure(wide) * wide.shape[-1] ** 0.5)) @ down.to(wide.dtype))
+    weights = (hidden @ up.to(wide.dtype)).reshape(list(entry.shape[:-1]) + list(static.shape)) + static
+    return weights if static.shape[0] > 1 else weights[..., 0, :]
 
 
 def measure(entry: Tensor) -> Tensor:

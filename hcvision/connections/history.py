@@ -193,15 +193,21 @@ class HistoryConnection(Connection):
     @torch.jit.ignore
     def show_carried(self, carried: Carried, output: Optional[Tensor] = None) -> Tuple[Tensor, Tensor, Tensor]:
         """The entries (..., S, D), alpha and beta, of what goes from step to step."""
-        entries, weights, _ = carried
-        weights = weights.expand(*entries[0].shape[:-1], len(entries))
+        entries = carried[0]
+        places = *entries[0].shape[:-1], len(entries)
+        weights, kept = (part.expand(places) for part in self.show_weights(carried[1]))
         same = torch.eye(len(entries), self.following, dtype=weights.dtype, device=weights.device)
         alpha = torch.cat([weights[..., None], same.expand(*weights.shape, -1)], dim=-1)
         if self.keeps_view and self.following > self.streams:
-            alpha[..., -1] = weights
+            alpha[..., -1] = kept
         beta = torch.zeros_like(alpha[..., 0, 1:])
         beta[..., -1] = 1
         return self.show_streams(carried), alpha, beta
+
+    @torch.jit.ignore
+    def show_weights(self, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """How much of each entry the branch reads, and what its output is added to: the same."""
+        return weights, weights
 
     @torch.jit.ignore
     def show_exit(self, x: Tensor) -> Tensor:

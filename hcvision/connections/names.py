@@ -18,6 +18,7 @@ from hcvision.connections.identity import IdentityConnection
 from hcvision.connections.kronecker import KroneckerConnection
 from hcvision.connections.laurel import LaurelConnection
 from hcvision.connections.manifold import ManifoldConnection
+from hcvision.connections.multiway import MultiwayConnection
 from hcvision.connections.orthogonal import OrthogonalConnection
 from hcvision.connections.permutations import PermutationConnection
 
@@ -38,6 +39,7 @@ BUILDERS: dict[str, Callable[..., Connection]] = {  # by kind, called with dim, 
     "dense": DenseConnection,
     "attnres": AttentionConnection,
     "dar": TimedConnection,
+    "mudd": MultiwayConnection,
 }
 KINDS = tuple(BUILDERS)
 NUMBER = r"([1-9]\d*)"
@@ -48,6 +50,7 @@ SPELLINGS = {  # what follows a kind, where it is not just its rate
     "dense": "",
     "attnres": f"{NUMBER}?",
     "dar": f"{NUMBER}?",
+    "mudd": "",
 }
 SUCCESSORS = ("mhc4", "ihc4", "ghc2x3", "sihc4", "gr4", "oru", "laurel", "mhclite4", "krom4")
 HISTORIES = ("dense", "attnres", "attnres4")
@@ -82,8 +85,8 @@ def build_connection(name: str, dim: int, layer_index: int = 0, **options) -> "C
     Args:
         name: ``residual``; static/dynamic + hyper/frac + rate: ``shc2``, ``dhc4``, ``sfc2``, ``dfc4``; or a
             successor: ``mhc4``, ``ihc4``, ``ghc2x3``, ``sihc4``, ``gr4``, ``oru``, ``laurel``,
-            ``mhclite4``, ``krom4``; or one that reads a history: ``dense``, ``attnres``, ``attnres4``, and
-            ``dar4`` in a diffusion model.
+            ``mhclite4``, ``krom4``; or one that reads a history: ``dense``, ``attnres``, ``attnres4``,
+            in a ViT ``mudd``, in a diffusion model ``dar4``.
         dim: width of the model (timm's embed_dim).
         layer_index: index of the sub-layer, counted from 0 over attention and MLP alike.
         **options: keyword arguments of the class: ``tanh``, ``norm``, ``backend``, ``device``, ``dtype``, and

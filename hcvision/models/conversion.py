@@ -27,6 +27,7 @@ from hcvision.models.connected import MIXINS, ConnectedModel
 from hcvision.models.families import find_mixin
 from hcvision.models.grafting import graft, own_class, ungraft
 from hcvision.models.stages import find_columns, find_family, stages
+from hcvision.models.ways import find_way_obstacle, place_ways
 
 STREAM_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 Blocks = slice | str | Iterable[int] | Callable[[int, nn.Module], bool] | None
@@ -149,6 +150,12 @@ def convert(
                 f"{connection} cannot take the adds of a {own_class(block).__name__}, which scales x itself; "
                 "connections with streams as wide as the model can, such as dhc2"
             )
+        unfit = find_way_obstacle(block) if new["connection1"].needs_ways else None
+        if unfit:
+            raise ValueError(
+                f"{connection} needs blocks of a ViT whose attention has one linear map for queries, keys and values, "
+                f"got {unfit}"
+            )
         check_seam(model, new["connection1"])
         grafts.append((block, new))
     if not grafts[0][1]["connection1"].starts_as_residual:
@@ -157,6 +164,7 @@ def convert(
         warnings.warn(message, NoResidualWarning, stacklevel=2)
     for block, attributes in grafts:  # only now that nothing can fail
         graft(block, find_mixin(block), **attributes)
+        place_ways(block, attributes["connection1"].ways > 1)
     for part in find_parts(model):
         if not isinstance(part, ConnectedModel):
             architecture = getattr(part, "pretrained_cfg", {}).get("architecture", "")
@@ -294,6 +302,7 @@ def remove_connections(model: Any, blocks: Blocks = None) -> None:
     chosen = [candidates[i] for i in choose_blocks(blocks, candidates) if isinstance(candidates[i], ConnectedBlock)]
     for block in chosen:
         connections = [name for name, module in block.named_children() if isinstance(module, Connection)]
+        place_ways(block, False)
         ungraft(block, "channels_first", "entry_rate", "exit_rate", "restores_dtype", *connections)
     place_borders(model)
     if not any(isinstance(block, ConnectedBlock) for block in candidates):

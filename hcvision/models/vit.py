@@ -5,4 +5,4 @@ from hcvision.models.names import register_name
 
 BASES = tuple(f"vit_{size}_patch16_224" for size in ("tiny", "small", "base", "large"))
 
-NAMES = tuple(register_name(base, connection) for base in BASES for connection in CONNECTIONS)
+NAMES = tuple(register_name(base, connection) for base in BASES for connection in (*CONNECTIONS, "mudd"))

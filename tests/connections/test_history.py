@@ -20,7 +20,7 @@ from hcvision.models.dit import DiT
 from hcvision.training.connections import choose_backend, freeze_connections
 
 DIM = 12
-NAMES = ("dense", "attnres", "attnres2", "attnres3")
+NAMES = ("dense", "attnres", "attnres2", "attnres3", "mudd")
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3, "num_classes": 10}
 
 
@@ -37,8 +37,40 @@ def read_by_attention(entries, query):
     return (weights[..., None] * torch.stack(entries)).sum(0)
 
 
+def read_by_token(entries, read):
+    """MUDD: the weights of each way, from the newest entry."""
+    newest = entries[-1]
+    hidden = F.gelu(newest / (newest.square().mean(-1, keepdim=True) + 1e-6).sqrt() @ read.dynamic_down)
+    ways = len(read.static)
+    weights = (hidden @ read.dynamic_up).unflatten(-1, (ways, len(entries))) + read.static
+    return [sum(weights[..., way, j, None] * v for j, v in enumerate(entries)) for way in range(ways)]
+
+
+def attend_by_hand(attention, queries, keys, values):
+    """Attention with inputs of their own for queries, keys and values."""
+    heads = []
+    for row, x in enumerate((queries, keys, values)):
+        at = slice(row * x.shape[-1], (row + 1) * x.shape[-1])
+        y = F.linear(x, attention.qkv.weight[at], attention.qkv.bias[at])
+        heads.append(y.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2))
+    return attention.proj(F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2))
+
+
+def run_mudd_by_hand(model, images):
+    entries = [model._pos_embed(model.patch_embed(images))]
+    for block in model.blocks:
+        queries, keys, values, x = read_by_token(entries, block.connection1.read) if entries[1:] else entries * 4
+        norm = [F.layer_norm(v, (48,), block.norm1.weight, block.norm1.bias, 1e-6) for v in (queries, keys, values)]
+        x = x + block.ls1(attend_by_hand(block.attn, *norm))
+        entries.append(x + block.ls2(block.mlp(block.norm2(x))))
+    (x,) = read_by_token(entries, model.blocks[-1].connection2.exit)
+    return model.head(model.norm(x)[:, 0])
+
+
 def run_by_hand(model, name, images):
     """The ViT as the papers write it: every entry in a list of its own, and the read-out behind the last block."""
+    if name == "mudd":
+        return run_mudd_by_hand(model, images)
     entries, group = [model._pos_embed(model.patch_embed(images))], []
     layers = 0
     for number, block in enumerate(model.blocks):
@@ -88,7 +120,7 @@ def test_the_start_is_the_residual_model(name, precision):
     twin = hcvision.convert(copy.deepcopy(model), name)
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast"):
         ours, theirs = (one.forward_features(images) for one in (twin, model))
-    if name in ("dense", "attnres"):
+    if name in ("dense", "attnres", "mudd"):
         assert torch.equal(ours, theirs)
     else:
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6 if precision == "float32" else 0.05)
@@ -99,12 +131,14 @@ def test_the_parts_that_a_model_has(name):
     """DenseFormer has L (L + 3) / 2 numbers, attention a query for each sub-layer but the first, and for the end."""
     model = build(name)
     added = sum(p.numel() for block in model.blocks for c in connections_of(block) for p in c.parameters())
-    assert added == (3 * 6 // 2 if name == "dense" else 6 * 48)
-    ends = ("read.weights", "exit.weights", "read.query", "exit.query")
+    sizes = [4 * 2, 4 * 3, 4]  # the mixtures of the blocks but the first, and of the end
+    expected = {"dense": 3 * 6 // 2, "mudd": sum(size + 48 * size + size * size for size in sizes)}
+    assert added == expected.get(name, 6 * 48)
     keys = {key for key in model.state_dict() if "connection" in key}
+    ends = (".weights", ".query") if name != "mudd" else (".static", ".dynamic_down", ".dynamic_up")
     assert keys
     assert all(key.endswith(ends) for key in keys)
-    assert keys <= model.no_weight_decay()
+    assert {key for key in keys if "dynamic" not in key} == {k for k in model.no_weight_decay() if "connection" in k}
 
 
 @pytest.mark.parametrize(
@@ -243,7 +277,7 @@ def test_what_was_put_together_is_let_go():
     loss.backward()
 
 
-@pytest.mark.parametrize("name", ["dense", "attnres2"])
+@pytest.mark.parametrize("name", ["dense", "attnres2", "mudd"])
 @pytest.mark.parametrize("kind", ["replaced", "changed", "hooked", "retained", "backward hook"])
 def test_who_looks_between_blocks(name, kind):
     """What stands between two blocks is what the next one reads, and its gradient is the whole one."""
@@ -296,7 +330,7 @@ def scale_by_hand(model, images, factor):
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
-@pytest.mark.parametrize("name", ["dense", "attnres", "attnres2"])
+@pytest.mark.parametrize("name", ["dense", "attnres", "attnres2", "mudd"])
 @pytest.mark.parametrize("way", ["checkpointing", "compile", "script", "fx", "vmap"])
 def test_ways_to_run(name, way):
     """Values and gradients, with random parameters, are those of the plain run."""
@@ -325,7 +359,7 @@ def test_ways_to_run(name, way):
         torch.testing.assert_close(parameter.grad, expected[key], rtol=1e-9, atol=1e-9, msg=lambda m, key=key: key + m)
 
 
-@pytest.mark.parametrize("name", ["dense", "attnres"])
+@pytest.mark.parametrize("name", ["dense", "attnres", "mudd"])
 def test_features(name):
     """Taps between blocks are the model's state there: at the start those of the residual model, also pruned."""
     model, images = build(None).eval(), torch.randn(2, 3, 32, 32)
@@ -340,7 +374,7 @@ def test_features(name):
     assert [tuple(part.shape) for part in getter(images)] == [(2, 48, 4, 4)] * 3
 
 
-@pytest.mark.parametrize("name", ["dense", "attnres2"])
+@pytest.mark.parametrize("name", ["dense", "attnres2", "mudd"])
 def test_some_of_the_blocks(name):
     """Runs of blocks have histories of their own; fractions and residual adds may stand beside them."""
     model, images = build(None, depth=6).eval(), torch.randn(2, 3, 32, 32)
@@ -380,6 +414,8 @@ def test_what_does_not_go():
         freeze_connections(model, "depth")
     freeze_connections(model, "width")
     assert not any(p.requires_grad for b in model.blocks for c in connections_of(b) for p in c.parameters())
+    with pytest.raises(ValueError, match="mudd needs blocks of a ViT whose attention has one linear map"):
+        hcvision.convert(timm.create_model("swin_tiny_patch4_window7_224", num_classes=2), "mudd")
     connection = build_connection("attnres", DIM, 2)
     with pytest.raises(
         ValueError, match=r"x must have 3 entries of 12 on its last axis, 36 in all, got shape \[2, 12\]"
@@ -399,7 +435,7 @@ def test_what_does_not_go():
         hcvision.set_stream_dtype(model, "float16")
 
 
-@pytest.mark.parametrize("name", ["dense", "attnres"])
+@pytest.mark.parametrize("name", ["dense", "attnres", "mudd"])
 def test_half_precision(name):
     """A model of bfloat16 alone runs in it; under autocast reads are in float32 and entries are kept as they are."""
     model, images = build(name, init_values=None).bfloat16(), torch.randn(2, 3, 32, 32).bfloat16()

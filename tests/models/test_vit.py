@@ -27,6 +27,7 @@ CONNECTIONS += [
     "attnres",
     "attnres4",
 ]
+CONNECTIONS += ["mudd"]
 TWINS = [(f"vit_{size}_patch16_224", name) for size in ("tiny", "small", "base", "large") for name in CONNECTIONS]
 SHAPES = {"tiny": (192, 12), "small": (384, 12), "base": (768, 12), "large": (1024, 24)}
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3, "num_classes": 10}

@@ -108,6 +108,8 @@ def _wrap(connection: Any, previous: Any, note: Callable[[Passage], None], enter
         mixed = held.flatten(-2)
         if mixed.data_ptr() != streams.data_ptr() and not torch.equal(mixed, streams):
             raise ValueError("a block that scales its streams itself cannot be looked into")
+        if connection.ways > 1:
+            view = view.unflatten(-1, (connection.ways, -1)).mean(-2)
         parts = [part.detach().unflatten(-1, (-1, size)) for part in (streams, view, branch_output, after)]
         by_channel = alpha.dim() > held.dim()
         entry = connection.scaled.scale.detach().mT.to(alpha.dtype) if enters and connection.has_entry else None
