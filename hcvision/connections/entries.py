@@ -50,7 +50,7 @@ def join_entries(entries: List[Tensor]) -> Tensor:
     if torch.jit.is_scripting():
         return x
     else:
-        if not needs_operations():
+        if x.requires_grad and not needs_operations():  # else there is no backward that would keep them
             ENTRIES[x] = tuple(entries), x._version
         return x
 

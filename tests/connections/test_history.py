@@ -435,6 +435,17 @@ def test_what_does_not_go():
         hcvision.set_stream_dtype(model, "float16")
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_without_gradients(name):
+    """Nothing is noted of tensors that have none, and inference mode has no versions to note."""
+    model, images = randomize(build(name)), torch.randn(2, 3, 32, 32)
+    expected, before = model(images), len(history.ENTRIES)
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            assert torch.equal(model(images), expected)
+        assert len(history.ENTRIES) == before
+
+
 @pytest.mark.parametrize("name", ["dense", "attnres", "mudd"])
 def test_half_precision(name):
     """A model of bfloat16 alone runs in it; under autocast reads are in float32 and entries are kept as they are."""

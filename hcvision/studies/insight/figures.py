@@ -118,14 +118,15 @@ def draw_streams(stage: StageNotes) -> Figure:
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(max(5, 1.5 + 0.24 * len(places)) * panels, 4), layout="constrained")
         norms, *rest = figure.subplots(1, panels, squeeze=False)[0]
-        for stream in sorted({row[part] for row in rows}):
+        count = 1 + max(row[part] for row in rows)
+        many = matplotlib.colormaps["viridis"].resampled(count)  # a history has an entry for each sub-layer
+        for stream in range(count):
             points = [(places.index(r["before"]), r["norm"]) for r in rows if r[part] == stream]
-            norms.plot(
-                *zip(*points, strict=True), marker=".", color=COLORS[stream % len(COLORS)], label=f"{part} {stream}"
-            )
+            color = COLORS[stream] if count <= len(COLORS) else many(stream)
+            norms.plot(*zip(*points, strict=True), marker=".", color=color, label=f"{part} {stream}")
         norms.set_ylabel(f"mean norm of a {part}")
         norms.set_ylim(bottom=0)
-        norms.legend(frameon=False)
+        norms.legend(frameon=False, ncols=-(-count // 8), fontsize="xx-small" if count > 8 else None)
         for axes, (label, values) in zip(rest, shared.items(), strict=True):
             known = [(places.index(place), value) for place, value in values.items() if value is not None]
             axes.plot(*zip(*known, strict=True), marker=".", color=OURS)
