@@ -380,5 +380,5 @@ def test_errors(kwargs, message):
 
 
 def test_names_of_the_file():
-    assert len(dit.NAMES) == 18 * (1 + len(CONNECTIONS))
+    assert len(dit.NAMES) == 18 * (1 + len(CONNECTIONS) + 1)  # dar4 is for diffusion transformers alone
     assert all(timm.is_model(name) for name in dit.NAMES)

@@ -181,5 +181,5 @@ def test_saved_bytes():
 def test_wrong_types():
     with pytest.raises(ValueError, match=r"stream_dtype must be one of bfloat16, float16, float32, got torch\.float64"):
         convert(timm.create_model("vit_tiny_patch16_224", **TINY), "dhc2", stream_dtype=torch.float64)
-    with pytest.raises(ValueError, match="this VisionTransformer has none"):
+    with pytest.raises(ValueError, match="connections that carry streams, not this VisionTransformer"):
         set_stream_dtype(timm.create_model("vit_tiny_patch16_224", **TINY), "bfloat16")
